@@ -26,20 +26,22 @@ lint: $(VENV)/.tests
 	$(BIN)/mypy --strict --no-error-summary
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx --quiet -W --keep-going -b html docs docs/_build/html
+	@$(BIN)/python -m sphinx --quiet -W --keep-going -b html docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 # One stamp for each set of packages: an install is repeated only when its pins or the project's metadata change.
 $(VENV)/.created:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) .
+	@echo "Installing sb3_mismatch into $(VENV): a minute or two"
+	@$(INSTALL) .
 	@touch $@
 
 $(VENV)/.tests $(VENV)/.docs: $(VENV)/.%: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) ".[$*]"
+	@echo "Installing what the $* need into $(VENV): a minute or two"
+	@$(INSTALL) ".[$*]"
 	@touch $@
 
 constraints:
