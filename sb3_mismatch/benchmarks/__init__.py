@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m sb3_mismatch.benchmarks learn ...`` trains, ``... report ...`` makes tables and curves."""

@@ -1,0 +1,90 @@
+"""The command line of the benchmarks."""
+
+import argparse
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sb3_mismatch.benchmarks.cells import Cell, launch, parse_setting, prepare
+from sb3_mismatch.benchmarks.tables import ALGORITHMS, SUITES
+
+
+def positive(text: str) -> int:
+    """A whole number, at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1: give 1 or more")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sb3_mismatch.benchmarks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    learn = commands.add_parser("learn", help="train every environment of a suite with every algorithm and seed")
+    learn.add_argument("--suite", required=True, choices=SUITES)
+    learn.add_argument("--envs", nargs="+", help="only these environments of the suite")
+    learn.add_argument("--algos", nargs="+", required=True, choices=ALGORITHMS)
+    learn.add_argument("--seeds", nargs="+", type=int, default=[0])
+    learn.add_argument("--set", nargs="+", default=[], metavar="NAME=LITERAL", help="constructor arguments")
+    learn.add_argument("--label", help="name of the algorithm with these arguments, in files and tables")
+    learn.add_argument("--jobs", type=positive, default=1, help="runs at a time, each in a process of its own")
+    learn.add_argument("--threads", type=positive, default=1, help="torch threads of each run")
+    learn.add_argument("--out", type=Path, required=True)
+    report = commands.add_parser("report", help="write report.md and curves.png into a folder of finished runs")
+    report.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def asked_cells(args: argparse.Namespace) -> list[Cell]:
+    """The cells of the arguments of ``learn``, seed by seed. Raises ValueError where the arguments do not fit."""
+    tasks = SUITES[args.suite]
+    names = [task.env for task in tasks]
+    unknown = set(args.envs or ()).difference(names)
+    if unknown:
+        raise ValueError(f"--envs {' '.join(sorted(unknown))}: suite {args.suite} holds {', '.join(names)}")
+    if bool(args.set) != bool(args.label) or (args.label and len(args.algos) != 1):
+        raise ValueError("--set and --label go together, with one algorithm: the label names its row in the tables")
+    if args.label and (args.label in ALGORITHMS or not re.fullmatch(r"\w[\w.+-]*", args.label)):
+        raise ValueError(f"--label {args.label} must be a new name of letters, digits, '.', '_', '+' and '-'")
+    for setting in args.set:
+        parse_setting(setting)
+    cells = [
+        Cell(task.env, task.steps, task.eval_every, algorithm, args.label or algorithm, seed, tuple(args.set))
+        for seed in dict.fromkeys(args.seeds)
+        for task in tasks
+        for algorithm in dict.fromkeys(args.algos)
+        if (args.envs is None or task.env in args.envs) and (task.seeds is None or seed in task.seeds)
+    ]
+    if not cells:
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))} are none of the seeds of these environments: use 0")
+    return cells
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when everything asked for is there, 1 when a run failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "report":
+            from sb3_mismatch.benchmarks.report import write_report
+
+            print(*write_report(args.out), sep="\n")
+            return 0
+        cells = asked_cells(args)
+        unfinished = prepare(cells, args.out, "python -m sb3_mismatch.benchmarks " + shlex.join(argv))
+    except ValueError as error:
+        parser.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that the runs end with their parent.
+    print(f"{len(cells)} runs, {len(cells) - len(unfinished)} of them finished before", flush=True)
+    failed = launch(unfinished, args.out, args.jobs, args.threads)
+    for cell in failed:
+        print(f"failed: {cell}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
