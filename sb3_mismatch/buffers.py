@@ -1,0 +1,284 @@
+"""Real transitions as the learned world sees them, imagined ones, and minibatches of both."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mismatch.observations import FlatObservations, Normalization
+from sb3_mismatch.randomness import RandomStreams
+
+#: How many gradient steps' minibatches are made at once: a bound on memory, not on speed.
+STEPS_AHEAD = 64
+
+
+class RealTransitions(NamedTuple):
+    """
+    Real one-step transitions in raw units: a batch of flat rows on the device.
+
+    :param batch: ``dones`` are true ends; a time limit is none
+    :param position: (n,) each row's place in the replay buffer, the same at every reading
+    """
+
+    batch: ReplayBufferSamples
+    position: th.Tensor
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+
+def real_transitions(
+    buffer: ReplayBuffer, observations: FlatObservations, device: th.device, normalize: VecNormalize | None = None
+) -> RealTransitions:
+    """
+    All rows of a replay buffer whose stored next observation is the true one, over all its environments.
+
+    Left out are ends under ``optimize_memory_usage`` (the next observation there is the next episode's first) and,
+    with VecNormalize, rows whose last observation stands at its clip (SB3 stores it clipped).
+
+    :raises ValueError: when an observation, action or reward is not finite
+    """
+    n_steps, n_envs = buffer.size(), buffer.n_envs
+    rows = np.arange(n_steps)
+    compact = buffer.optimize_memory_usage
+    if compact and buffer.full:
+        # The row to be written next holds the newest row's successor and nothing else.
+        rows = rows[rows != buffer.pos]
+    next_rows = (rows + 1) % buffer.buffer_size
+
+    def flat(array: Any, index: np.ndarray) -> np.ndarray:
+        if isinstance(array, dict):
+            array = {key: part[index] for key, part in array.items()}
+        else:
+            array = array[index]
+        return observations.flatten(array, len(index) * n_envs)
+
+    def column(array: np.ndarray) -> np.ndarray:
+        return array[rows].astype(np.float32, copy=False).reshape(len(rows) * n_envs, -1)
+
+    obs = flat(buffer.observations, rows)
+    next_obs = flat(buffer.observations, next_rows) if compact else flat(buffer.next_observations, rows)
+    actions, rewards, dones, timeouts = map(column, (buffer.actions, buffer.rewards, buffer.dones, buffer.timeouts))
+    for name, values in (("observations", obs), ("next observations", next_obs), ("actions", actions), ("rewards", rewards)):
+        if not np.isfinite(values).all():
+            row, dim = np.argwhere(~np.isfinite(values))[0]
+            raise ValueError(
+                f"the replay buffer's {name} hold {values[row, dim]} (row {row // n_envs}, environment {row % n_envs}, "
+                f"dimension {dim}): remove such rows, or wrap the environment in VecCheckNan to find their source"
+            )
+    keep = np.ones(len(rows) * n_envs, dtype=bool)
+    if compact:
+        keep &= dones[:, 0] == 0
+    if normalize is not None and normalize.norm_obs:
+        scale = Normalization.of(normalize, observations, th.device("cpu"))
+        clipped = scale.observation(th.from_numpy(next_obs)).abs() >= 0.999 * scale.clip
+        keep &= ~(clipped.any(dim=1).numpy() & (dones[:, 0] > 0))
+    position = (rows[:, None] * n_envs + np.arange(n_envs)).reshape(-1)
+    ends = dones * (1 - timeouts)
+    tensors = [th.as_tensor(x[keep], device=device) for x in (obs, actions, next_obs, ends, rewards)]
+    return RealTransitions(ReplayBufferSamples(*tensors), th.as_tensor(position[keep], device=device))
+
+
+class ImaginedBuffer:
+    """
+    The latest imagined transitions: raw flat rows on the device, the oldest overwritten first.
+
+    :param capacity: rows
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"imagined_buffer_size={capacity} must be at least 1")
+        self.capacity = capacity
+        self._columns: list[th.Tensor] = []
+        self._position = 0
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, batch: ReplayBufferSamples) -> None:
+        """Append rows; of more than ``capacity`` the last are kept."""
+        columns = [c[-self.capacity :] for c in (batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards)]
+        n = len(columns[0])
+        if not self._columns:
+            self._columns = [c.new_empty((self.capacity, c.shape[1])) for c in columns]
+        places = (self._position + th.arange(n, device=columns[0].device)) % self.capacity
+        for mine, new in zip(self._columns, columns, strict=True):
+            mine[places] = new
+        self._position = (self._position + n) % self.capacity
+        self._size = min(self._size + n, self.capacity)
+
+    def sample(self, n: int) -> ReplayBufferSamples:
+        """``n`` rows drawn uniformly with replacement."""
+        index = th.randint(self._size, (n,), device=self._columns[0].device)
+        return ReplayBufferSamples(*(column[index] for column in self._columns))
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._columns, self._position, self._size = [], 0, 0
+
+
+#: (rewards, log_ratio) -> r̃, and the classifier's log-ratio of raw flat rows, centred and weighted
+PayReal = Callable[[th.Tensor], th.Tensor]
+PayImagined = Callable[[ReplayBufferSamples, th.Tensor], th.Tensor]
+
+
+class MixedReplayBuffer(ReplayBuffer):
+    """
+    Serves minibatches of real and imagined rows in place of the real replay buffer, while an agent trains.
+
+    Each minibatch holds ``round(real_ratio * batch_size)`` real rows, drawn by the real buffer itself, and then
+    imagined ones. Minibatches are made many gradient steps at a time; with real rows alone, the real buffer serves
+    them directly and nothing differs from SB3.
+
+    :param real: the agent's replay buffer
+    :param imagined: imagined rows
+    :param real_ratio: share of real rows
+    :param gradient_steps: minibatches that will be asked for
+    :param streams: the world's random streams, from which imagined rows are drawn
+    :param observations: the observation space's flat form
+    :param gamma: discount of imagined rows, whose one step stands beside the real rows' n
+    :param pay_real: rewards (n, 1), normalised if they are -> r̃
+    :param pay_imagined: raw imagined rows and their rewards, normalised like the real ones' -> r̃
+    """
+
+    def __init__(
+        self,
+        real: ReplayBuffer,
+        imagined: ImaginedBuffer,
+        real_ratio: float,
+        gradient_steps: int,
+        streams: RandomStreams,
+        observations: FlatObservations,
+        gamma: float,
+        pay_real: PayReal,
+        pay_imagined: PayImagined,
+    ) -> None:
+        # No super().__init__(): this buffer stores nothing of its own.
+        self.real, self.imagined, self.real_ratio = real, imagined, real_ratio
+        self.streams, self.flat, self.gamma = streams, observations, gamma
+        self.pay_real, self.pay_imagined = pay_real, pay_imagined
+        self._to_come = gradient_steps
+        self._ready: list[ReplayBufferSamples] = []
+
+    def size(self) -> int:
+        """Rows of the real buffer."""
+        return self.real.size()
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """Store a real transition in the real buffer."""
+        self.real.add(*args, **kwargs)
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """The next minibatch, normalised by ``env``."""
+        n_real = round(self.real_ratio * batch_size)
+        if n_real == batch_size or len(self.imagined) == 0:
+            return self._real(batch_size, env)
+        if not self._ready:
+            n_steps = max(min(self._to_come, STEPS_AHEAD), 1)
+            self._ready = self._mix(n_steps, n_real, batch_size - n_real, env)
+            self._to_come -= n_steps
+        return self._ready.pop()
+
+    def _real(self, n: int, env: VecNormalize | None) -> ReplayBufferSamples:
+        batch = self.real.sample(n, env=env)
+        return batch._replace(rewards=self.pay_real(batch.rewards))
+
+    def _imagined(self, n: int, env: VecNormalize | None) -> ReplayBufferSamples:
+        with self.streams.active():
+            raw = self.imagined.sample(n)
+        observations, next_observations, rewards = raw.observations, raw.next_observations, raw.rewards
+        if env is not None:
+            scale = Normalization.of(env, self.flat, raw.rewards.device)
+            observations, next_observations = scale.observation(observations), scale.observation(next_observations)
+            rewards = scale.reward(rewards)
+        return raw._replace(
+            observations=observations, next_observations=next_observations, rewards=self.pay_imagined(raw, rewards)
+        )
+
+    def _mix(self, n_steps: int, n_real: int, n_imagined: int, env: VecNormalize | None) -> list[ReplayBufferSamples]:
+        """``n_steps`` minibatches, each of ``n_real`` and ``n_imagined`` rows."""
+        imagined = self._imagined(n_steps * n_imagined, env)
+        columns = {name: getattr(imagined, name) for name in ("actions", "dones", "rewards")}
+        columns["observations"] = self.flat.unflatten(imagined.observations)
+        columns["next_observations"] = self.flat.unflatten(imagined.next_observations)
+        kind: type[Any] = DictReplayBufferSamples if self.flat.is_dict else ReplayBufferSamples
+        if n_real > 0:
+            real = self._real(n_steps * n_real, env)
+            kind = type(real)
+            if real.discounts is not None:
+                columns["discounts"] = th.full_like(imagined.rewards, self.gamma)
+            columns = {name: _interleave(getattr(real, name), column, n_steps) for name, column in columns.items()}
+        steps = {name: _split(column, n_steps) for name, column in columns.items()}
+        return [kind(**{name: column[i] for name, column in steps.items()}) for i in range(n_steps)]
+
+
+def _interleave(real: Any, imagined: Any, n_steps: int) -> Any:
+    """(n_steps * a, ...), (n_steps * b, ...) -> (n_steps * (a + b), ...), step by step; dicts part by part."""
+    if isinstance(real, dict):
+        return {key: _interleave(part, imagined[key], n_steps) for key, part in real.items()}
+    steps = [x.reshape(n_steps, -1, *x.shape[1:]) for x in (real.to(imagined.dtype), imagined)]
+    return th.cat(steps, dim=1).flatten(0, 1)
+
+
+def _split(column: Any, n_steps: int) -> Any:
+    """(n_steps * n, ...) -> n_steps views of (n, ...); dicts part by part."""
+    if isinstance(column, dict):
+        parts = {key: _split(part, n_steps) for key, part in column.items()}
+        return [{key: part[i] for key, part in parts.items()} for i in range(n_steps)]
+    return column.chunk(n_steps)
+
+
+class Episodes(NamedTuple):
+    """
+    The latest whole episodes of a replay buffer.
+
+    :param first_observations: (n, obs_dim) raw flat
+    :param discounted_returns: (n,) Σ_t γ^t r_t, raw
+    :param longest: steps of the longest
+    """
+
+    first_observations: np.ndarray
+    discounted_returns: np.ndarray
+    longest: int
+
+
+def latest_episodes(buffer: ReplayBuffer, observations: FlatObservations, gamma: float, offset: float, most: int) -> Episodes:
+    """
+    Up to ``most`` of the latest whole episodes of each environment, ended or cut by a time limit.
+
+    :param offset: added to every reward
+    """
+    n = buffer.size()
+    order = (np.arange(n) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+    firsts, returns, longest = [], [], 0
+    for env in range(buffer.n_envs):
+        last = np.flatnonzero(buffer.dones[order, env])
+        first = np.concatenate([[0], last[:-1] + 1]) if len(last) else last
+        # The oldest episode of a full buffer may have lost its beginning.
+        keep = slice(max(len(last) - most, int(buffer.full)), None)
+        first, last = first[keep], last[keep]
+        if len(first) == 0:
+            continue
+        rows = order[first[0] : last[-1] + 1]
+        lengths = last - first + 1
+        steps = np.arange(len(rows)) - np.repeat(first - first[0], lengths)
+        rewards = buffer.rewards[rows, env].astype(np.float64) + offset
+        returns.append(np.add.reduceat(rewards * gamma**steps, first - first[0]))
+        at = order[first]
+        stored = buffer.observations
+        firsts.append(
+            observations.flatten(
+                {key: part[at, env] for key, part in stored.items()} if isinstance(stored, dict) else stored[at, env],
+                len(at),
+            )
+        )
+        longest = max(longest, int(lengths.max()))
+    if not firsts:
+        return Episodes(np.empty((0, observations.dim), np.float32), np.empty(0), 0)
+    return Episodes(np.concatenate(firsts), np.concatenate(returns), longest)

@@ -1,0 +1,261 @@
+"""
+The learned dynamics q(s', r, end | s, a): a probabilistic ensemble run as one batched network.
+
+Source: PETS (Chua et al., 2018) and MBPO (Janner et al., 2019; mbpo/models/bnn.py, constructor.py), with every target
+standardised by itself and an end-of-episode head, which they lack.
+
+Shape letters: E members, K of them in use, N rows each.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+
+class EnsembleLinear(nn.Module):
+    """E linear layers as one batched product; weights from a normal truncated at two standard deviations."""
+
+    def __init__(self, n_members: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(th.empty(n_members, in_features, out_features))
+        self.bias = nn.Parameter(th.zeros(n_members, 1, out_features))
+        std = 0.5 * in_features**-0.5
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
+        """(K, N, in) -> (K, N, out), row block k through member ``members[k]``."""
+        if members is None:
+            return th.baddbmm(self.bias, x, self.weight)
+        return th.baddbmm(self.bias[members], x, self.weight[members])
+
+
+class EnsembleMLP(nn.Module):
+    """E multilayer perceptrons with SiLU, and LayerNorm without parameters if asked for."""
+
+    def __init__(
+        self, n_members: int, in_features: int, net_arch: Sequence[int], out_features: int, layer_norm: bool = False
+    ) -> None:
+        super().__init__()
+        sizes = [in_features, *net_arch, out_features]
+        self.layers = nn.ModuleList(EnsembleLinear(n_members, i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layer_norm = layer_norm
+
+    def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
+        """(K, N, in) -> (K, N, out)."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = layer(x, members)
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:])
+            x = F.silu(x)
+        out: th.Tensor = last(x, members)
+        return out
+
+
+class Gaussian(NamedTuple):
+    """Mean and log-variance of the standardised targets, each (K, N, obs_dim + 1); the reward comes last."""
+
+    mean: th.Tensor
+    log_var: th.Tensor
+
+
+class Standardizer(nn.Module):
+    """x -> (x - mean) / std per dimension; a constant dimension is only shifted."""
+
+    mean: th.Tensor
+    std: th.Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", th.zeros(dim))
+        self.register_buffer("std", th.ones(dim))
+
+    def fit(self, x: th.Tensor) -> None:
+        """Take mean and standard deviation over the rows of ``x``, (n, dim)."""
+        std, mean = th.std_mean(x, dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.std.copy_(th.where(std > 1e-6 * (1 + mean.abs()), std, th.ones_like(std)))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """(..., dim) -> (..., dim)."""
+        return (x - self.mean) / self.std
+
+    def inverse(self, y: th.Tensor) -> th.Tensor:
+        """(..., dim) -> (..., dim)."""
+        return y * self.std + self.mean
+
+
+class Dynamics(nn.Module):
+    """
+    An ensemble of Gaussian networks for next state and reward, and of end-of-episode classifiers.
+
+    Everything outside is in the environment's own units (actions scaled to [-1, 1]); inputs and targets are
+    standardised inside. Each learned state dimension and the reward has its own scale.
+
+    :param obs_dim: size of the flat observation
+    :param action_dim: size of the flat action
+    :param n_members: networks in the ensemble (MBPO: 7)
+    :param n_elites: how many of them, those with the lowest holdout error, imagine (MBPO: 5)
+    :param net_arch: hidden layers of each member (MBPO: four of 200)
+    :param layer_norm: whether hidden layers are normalised (DHMBPO)
+    :param predicts: the target of the state heads, "difference" s' - s or "state" s'
+    :param end_arch: hidden layers of each end-of-episode head, which sees (s, a, s')
+    """
+
+    holdout_error: th.Tensor
+    low: th.Tensor
+    high: th.Tensor
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        n_members: int = 7,
+        n_elites: int = 5,
+        net_arch: Sequence[int] = (200, 200, 200, 200),
+        layer_norm: bool = False,
+        predicts: str = "difference",
+        end_arch: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        if predicts not in ("difference", "state"):
+            raise ValueError(f"predicts={predicts!r} is unknown: use 'difference' or 'state'")
+        if not 1 <= n_elites <= n_members:
+            raise ValueError(f"n_elites={n_elites} must lie between 1 and n_members={n_members}: choose fewer elites")
+        self.n_members, self.n_elites, self.predicts = n_members, n_elites, predicts
+        n_targets = obs_dim + 1
+        self.inputs = Standardizer(obs_dim + action_dim)
+        self.targets = Standardizer(n_targets)
+        self.next_observations = Standardizer(obs_dim)
+        self.body = EnsembleMLP(n_members, obs_dim + action_dim, net_arch, 2 * n_targets, layer_norm)
+        self.max_log_var = nn.Parameter(th.full((n_members, 1, n_targets), 0.5))
+        self.min_log_var = nn.Parameter(th.full((n_members, 1, n_targets), -10.0))
+        self.end = EnsembleMLP(n_members, 2 * obs_dim + action_dim, end_arch, 1)
+        # Floats, as every tensor of a state dict here: SB3's own tests overwrite them with random numbers.
+        self.register_buffer("holdout_error", th.zeros(n_members))
+        # The range of the targets' raw quantities (s', r), which imagination does not leave.
+        self.register_buffer("low", th.full((n_targets,), -th.inf))
+        self.register_buffer("high", th.full((n_targets,), th.inf))
+
+    @property
+    def elites(self) -> th.Tensor:
+        """Indices of the ``n_elites`` members with the lowest holdout error."""
+        return self.holdout_error.topk(self.n_elites, largest=False).indices
+
+    def forward(
+        self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None
+    ) -> Gaussian:
+        """(K, N, obs_dim), (K, N, action_dim) -> standardised targets' distribution."""
+        x = self.inputs(th.cat([observations, actions], dim=-1))
+        mean, log_var = self.body(x, members).chunk(2, dim=-1)
+        high = self.max_log_var if members is None else self.max_log_var[members]
+        low = self.min_log_var if members is None else self.min_log_var[members]
+        log_var = high - F.softplus(high - log_var)
+        return Gaussian(mean, low + F.softplus(log_var - low))
+
+    def raw_targets(
+        self, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
+    ) -> th.Tensor:
+        """[s' - s or s', r], (..., obs_dim + 1), in the environment's units."""
+        state = next_observations - observations if self.predicts == "difference" else next_observations
+        return th.cat([state, rewards], dim=-1)
+
+    def decode(self, observations: th.Tensor, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Standardised targets -> (s', r) in the environment's units, within the widened range of the data."""
+        raw = self.targets.inverse(targets)
+        state, reward = raw[..., :-1], raw[..., -1:]
+        if self.predicts == "difference":
+            state = observations + state
+        # Half a range beyond the data: free to go where no data is, never off to infinity.
+        margin = 0.5 * (self.high - self.low)
+        out = th.cat([state, reward], dim=-1).clamp(self.low - margin, self.high + margin)
+        return out[..., :-1], out[..., -1:]
+
+    def nll(
+        self,
+        observations: th.Tensor,
+        actions: th.Tensor,
+        next_observations: th.Tensor,
+        rewards: th.Tensor,
+        members: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """-log q(s', r | s, a) of the standardised targets in nats, up to ½ log 2π per dimension: (K, N)."""
+        mean, log_var = self(observations, actions, members)
+        targets = self.targets(self.raw_targets(observations, next_observations, rewards))
+        return 0.5 * ((mean - targets).square() * (-log_var).exp() + log_var).sum(dim=-1)
+
+    def squared_error(
+        self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
+    ) -> th.Tensor:
+        """Mean squared error of each member's mean in standardised units, per target: (E, obs_dim + 1)."""
+        targets = self.targets(self.raw_targets(observations, next_observations, rewards))
+        return (self(observations, actions).mean - targets).square().mean(dim=1)
+
+    def log_var_penalty(self) -> th.Tensor:
+        """What draws the learned bounds of the log-variances together (PETS): (E,)."""
+        return 0.01 * (self.max_log_var - self.min_log_var).sum(dim=(1, 2))
+
+    def end_logits(
+        self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, members: th.Tensor | None = None
+    ) -> th.Tensor:
+        """Logit of the episode's end at s', (K, N, 1)."""
+        inputs = self.inputs(th.cat([observations, actions], dim=-1))
+        return self.end(th.cat([inputs, self.next_observations(next_observations)], dim=-1), members)  # type: ignore[no-any-return]
+
+    def end_probability(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
+        """Mean over the elites of the probability that the episode ends at s': (N, .) -> (N, 1)."""
+        stacked = [x.expand(self.n_elites, *x.shape) for x in (observations, actions, next_observations)]
+        return self.end_logits(*stacked, members=self.elites).sigmoid().mean(dim=0)
+
+    def rsample(
+        self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """Next states and rewards by reparameterisation, row block k from member k: (K, N, .) -> (K, N, .)."""
+        mean, log_var = self(observations, actions, members)
+        return self.decode(observations, mean + (0.5 * log_var).exp() * th.randn_like(mean))
+
+    @th.no_grad()
+    def sample(self, observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Next states (N, obs_dim) and rewards (N, 1), each row from one elite drawn for it.
+
+        The elites share the rows out evenly, so that each row costs one member's work.
+        """
+        n, elites = len(observations), self.elites
+        rows_each = -(-n // len(elites))
+        # A random order, wrapped round to fill the last block.
+        order = th.randperm(n, device=observations.device).repeat(-(-rows_each * len(elites) // n))
+        order = order[: rows_each * len(elites)]
+        blocks = order.view(len(elites), rows_each)
+        next_observations, rewards = self.rsample(observations[blocks], actions[blocks], elites)
+        # The place of each row among the shuffled ones.
+        place = th.empty(n, dtype=th.long, device=order.device)
+        place[order[:n]] = th.arange(n, device=order.device)
+        return next_observations.flatten(0, 1)[place], rewards.flatten(0, 1)[place]
+
+    @th.no_grad()
+    def disagreement(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """Standard deviation over members of the standardised means, averaged over targets: (N, .) -> (N, 1)."""
+        stacked = [x.expand(self.n_members, *x.shape) for x in (observations, actions)]
+        return self(*stacked).mean.std(dim=0).mean(dim=-1, keepdim=True)
+
+    def parameter_groups(self, weight_decay: Sequence[float]) -> list[dict[str, object]]:
+        """
+        Parameters for the optimizer with weight decay growing towards the output (mbpo/models/constructor.py).
+
+        :param weight_decay: of the first layers, spread over the hidden ones, and last of the output layer
+        """
+        *hidden, last = self.body.layers
+        # The list is stretched over as many hidden layers as there are.
+        *inner, outer = weight_decay
+        decays = [inner[min(i * len(inner) // max(len(hidden), 1), len(inner) - 1)] for i in range(len(hidden))]
+        groups: list[dict[str, object]] = [
+            {"params": [layer.weight], "weight_decay": decay}
+            for layer, decay in zip([*hidden, last], [*decays, outer], strict=True)
+        ]
+        decayed = {id(layer.weight) for layer in self.body.layers}
+        groups.append({"params": [p for p in self.parameters() if id(p) not in decayed], "weight_decay": 0.0})
+        return groups

@@ -1,0 +1,225 @@
+"""Fit the dynamics (bootstraps, holdout, early stop, elites) and the classifier."""
+
+from collections.abc import Callable
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_mismatch.buffers import RealTransitions
+from sb3_mismatch.classifier import Classifier
+from sb3_mismatch.dynamics import Dynamics
+
+#: minibatch of rows (E, N, .), one block per member -> what each member minimises, (E,)
+ModelLoss = Callable[[ReplayBufferSamples], th.Tensor]
+#: (s, a) -> s', each (n, .)
+SampleNext = Callable[[th.Tensor, th.Tensor], th.Tensor]
+
+
+def split_holdout(data: RealTransitions, holdout_ratio: float, max_holdout: int) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Row indices of the training and the holdout set.
+
+    Which set a row belongs to follows from its place in the replay buffer, so that no row that was trained on is
+    held out later, over warm starts and over sessions.
+
+    :param holdout_ratio: share of rows held out
+    :param max_holdout: at most so many of them (mbpo/models/bnn.py: 5000)
+    :return: two index tensors; of a single row, or where one set would be empty, both hold all
+    """
+    n = len(data)
+    ratio = min(holdout_ratio, max_holdout / max(n, 1))
+    # Multiples of the golden ratio, modulo one, are spread evenly whatever rows there are.
+    held_out = (data.position.double() * 0.6180339887498949).frac() < ratio
+    train, holdout = (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
+    if len(train) == 0 or len(holdout) == 0:
+        train = holdout = th.arange(n, device=data.position.device)
+    return train, holdout
+
+
+class BestMembers:
+    """The best parameters of each member seen so far, by an error of each: members are kept one by one."""
+
+    def __init__(self, module: nn.Module, threshold: float) -> None:
+        self._parameters = list(module.parameters())
+        self._best = [p.detach().clone() for p in self._parameters]
+        self._threshold = threshold
+        self.error = th.full((len(self._parameters[0]),), th.inf, device=self._parameters[0].device)
+        self._reference = self.error.clone()
+
+    def update(self, error: th.Tensor) -> th.Tensor:
+        """Keep members whose ``error``, (E,), is their lowest; whether any fell by more than the threshold: bool ()."""
+        better = error < self.error
+        for best, parameter in zip(self._best, self._parameters, strict=True):
+            chosen = better.view(-1, *[1] * (parameter.dim() - 1))
+            best.copy_(th.where(chosen, parameter.detach(), best))
+        self.error = th.where(better, error, self.error)
+        progressed = error < (1 - self._threshold) * self._reference
+        self._reference = th.where(progressed, error, self._reference)
+        return progressed.any()
+
+    def restore(self) -> None:
+        """Put the best parameters back."""
+        with th.no_grad():
+            for best, parameter in zip(self._best, self._parameters, strict=True):
+                parameter.copy_(best)
+
+
+def fit_dynamics(
+    dynamics: Dynamics,
+    optimizer: th.optim.Optimizer,
+    data: RealTransitions,
+    loss: ModelLoss,
+    max_steps: int = 400,
+    batch_size: int = 256,
+    holdout_ratio: float = 0.2,
+    max_holdout: int = 5000,
+    patience: int = 5,
+    threshold: float = 0.01,
+) -> dict[str, float]:
+    """
+    Fit all members at once, from where they stand.
+
+    Each member draws its minibatches from a bootstrap of its own. Every so often the holdout error is taken;
+    the best parameters of each member are restored at the end (mbpo/models/bnn.py, ``train``).
+
+    :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
+    :param max_steps: gradient steps at most
+    :param patience: checks without any member improving by ``threshold`` before the fit stops
+    :return: for the log: holdout error per head, negative log-likelihood, steps taken
+    :raises ValueError: when the holdout error is not finite
+    """
+    train, holdout = split_holdout(data, holdout_ratio, max_holdout)
+    batch, n_members, device = data.batch, dynamics.n_members, data.position.device
+    _standardise(dynamics, batch, train)
+    held = ReplayBufferSamples(*(c[holdout].expand(n_members, -1, -1) for c in batch[:5]))
+
+    bootstrap = train[th.randint(len(train), (n_members, len(train)), device=device)]
+    columns = th.randint(len(train), (max_steps, n_members, batch_size), device=device)
+    check_every = min(max(len(train) // batch_size, 20), 100)
+    # Ends are judged apart from states and rewards: their heads share no parameter with the others.
+    best_body = BestMembers(_Body(dynamics), threshold)
+    best_end = BestMembers(dynamics.end, threshold)
+
+    def check() -> bool:
+        with th.no_grad():
+            error = dynamics.squared_error(held.observations, held.actions, held.next_observations, held.rewards)
+            end_loss = _end_loss(dynamics, held)
+        progressed = best_body.update(error.mean(dim=1)) | best_end.update(end_loss)
+        return bool(progressed)
+
+    idle, steps = 0, 0
+    check()
+    dynamics.train()
+    while steps < max_steps and idle < patience:
+        for step in range(steps, min(steps + check_every, max_steps)):
+            index = bootstrap.gather(1, columns[step])
+            rows = ReplayBufferSamples(*(c[index] for c in batch[:5]))
+            total = loss(rows) + _end_loss(dynamics, rows) + dynamics.log_var_penalty()
+            optimizer.zero_grad()
+            total.sum().backward(inputs=list(dynamics.parameters()))
+            optimizer.step()
+            steps += 1
+        idle = 0 if check() else idle + 1
+    dynamics.eval()
+    best_body.restore()
+    best_end.restore()
+
+    if not best_body.error.isfinite().all():
+        raise ValueError(
+            "the dynamics' holdout error is not finite: lower dynamics_kwargs['learning_rate'] or scale the observations"
+        )
+    dynamics.holdout_error.copy_(best_body.error)
+    with th.no_grad():
+        error = dynamics.squared_error(held.observations, held.actions, held.next_observations, held.rewards)
+        elite_error = error[dynamics.elites].mean(dim=0)
+        nll = dynamics.nll(held.observations, held.actions, held.next_observations, held.rewards)
+    return {
+        "dynamics/nll": nll[dynamics.elites].mean().item(),
+        "dynamics/state_error": elite_error[:-1].mean().item(),
+        "dynamics/reward_error": elite_error[-1].item(),
+        "dynamics/end_error": best_end.error.mean().item(),
+        "dynamics/fit_steps": steps,
+    }
+
+
+class _Body(nn.Module):
+    """The parameters of the dynamics without their end-of-episode heads."""
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        super().__init__()
+        self.body, self.bounds = dynamics.body, nn.ParameterList([dynamics.max_log_var, dynamics.min_log_var])
+
+
+@th.no_grad()
+def _standardise(dynamics: Dynamics, batch: ReplayBufferSamples, train: th.Tensor) -> None:
+    """Set the scales of inputs and targets, and the range of the data, from the training rows."""
+    observations, actions, next_observations, _, rewards = (c[train] for c in batch[:5])
+    dynamics.inputs.fit(th.cat([observations, actions], dim=1))
+    dynamics.next_observations.fit(next_observations)
+    dynamics.targets.fit(dynamics.raw_targets(observations, next_observations, rewards))
+    seen = th.cat([th.cat([observations, next_observations]), th.cat([rewards, rewards])], dim=1)
+    dynamics.low.copy_(seen.amin(dim=0))
+    dynamics.high.copy_(seen.amax(dim=0))
+
+
+def _end_loss(dynamics: Dynamics, rows: ReplayBufferSamples) -> th.Tensor:
+    """Cross-entropy of the end-of-episode heads: (E,)."""
+    logits = dynamics.end_logits(rows.observations, rows.actions, rows.next_observations)
+    return F.binary_cross_entropy_with_logits(logits, rows.dones, reduction="none").mean(dim=(1, 2))
+
+
+def fit_classifier(
+    classifier: Classifier,
+    optimizer: th.optim.Optimizer,
+    data: RealTransitions,
+    sample_next: SampleNext,
+    steps: int = 100,
+    batch_size: int = 256,
+    holdout_ratio: float = 0.2,
+    max_holdout: int = 5000,
+) -> dict[str, float]:
+    """
+    Train the classifier on real s' against s' ~ q(.|s, a) at the same (s, a).
+
+    :param sample_next: the dynamics' draw of s' at (s, a)
+    :param steps: gradient steps, each on ``batch_size`` real and as many imagined next states
+    :return: for the log, on held-out rows: loss, accuracy, mean log-ratio of real and of imagined next states
+    :raises ValueError: when the loss is not finite
+    """
+    train, holdout = split_holdout(data, holdout_ratio, max_holdout)
+    observations, actions, next_observations = data.batch.observations, data.batch.actions, data.batch.next_observations
+    classifier.inputs.fit(classifier.features(observations[train], actions[train], next_observations[train]))
+
+    # All imagined next states are drawn in one go.
+    index = train[th.randint(len(train), (steps * batch_size,), device=train.device)]
+    imagined = sample_next(observations[index], actions[index])
+    labels = th.cat([th.ones(batch_size, 1), th.zeros(batch_size, 1)]).to(train.device)
+    classifier.train()
+    for rows, fake in zip(index.split(batch_size), imagined.split(batch_size), strict=True):
+        states, acts = observations[rows].repeat(2, 1), actions[rows].repeat(2, 1)
+        logits = classifier(states, acts, th.cat([next_observations[rows], fake]))
+        loss = classifier.loss(logits, labels_real_is_one=labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    classifier.eval()
+
+    with th.no_grad():
+        states, acts, real = observations[holdout], actions[holdout], next_observations[holdout]
+        logits_real, logits_fake = classifier(states, acts, real), classifier(states, acts, sample_next(states, acts))
+        logits = th.cat([logits_real, logits_fake])
+        held_labels = th.cat([th.ones_like(logits_real), th.zeros_like(logits_fake)])
+        held_loss = classifier.loss(logits, labels_real_is_one=held_labels).item()
+        correct = ((logits > 0) == held_labels.bool()).float().mean().item()
+        limit = classifier.max_log_ratio
+        log_ratios = [x.clamp(-limit, limit).mean().item() for x in (logits_real, logits_fake)]
+    if not abs(held_loss) < float("inf"):
+        raise ValueError("the classifier's loss is not finite: lower classifier_kwargs['learning_rate']")
+    return {
+        "classifier/loss": held_loss,
+        "classifier/accuracy": correct,
+        "classifier/log_ratio_real": log_ratios[0],
+        "classifier/log_ratio_imagined": log_ratios[1],
+    }

@@ -1,0 +1,121 @@
+"""
+What the policy is paid and what the dynamics are trained for: one function per equation, one row per variant.
+
+``log_ratio`` is log p(s'|s,a) / q(s'|s,a), real over learned, as the classifier estimates it: log C/(1-C). It is
+positive where a transition looks real. A real transition needs no correction: its ``log_ratio`` is zero.
+
+Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
+Model-Based RL", NeurIPS 2022; VMBPO: Chow et al., "Variational Model-based Policy Optimization", IJCAI 2021;
+MBPO: Janner et al., "When to Trust Your Model", NeurIPS 2019.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch as th
+
+
+class ModelTerms(Protocol):
+    """
+    What the dynamics' loss may ask of a minibatch: means over its rows for each member, shape (n_members,), computed
+    only when asked for, and already times their weights: ``nll`` times ``likelihood_weight``, the other two times ``adversarial_weight``.
+    """
+
+    @property
+    def nll(self) -> th.Tensor:
+        """-log q(s', r | s, a) of the real transition, in nats."""
+
+    @property
+    def log_ratio(self) -> th.Tensor:
+        """log C/(1-C) of a next state drawn from the dynamics by reparameterisation."""
+
+    @property
+    def value(self) -> th.Tensor:
+        """V of that same next state."""
+
+
+# -- what the policy is paid: shapes (batch, 1), `log_ratio` already times `log_ratio_weight` --
+
+
+def task_reward(reward: th.Tensor, log_ratio: th.Tensor, gamma: float) -> th.Tensor:
+    """r̃ = r."""
+    return reward
+
+
+def realistic_reward(reward: th.Tensor, log_ratio: th.Tensor, gamma: float) -> th.Tensor:
+    """r̃ = r + log p/q."""
+    return reward + log_ratio
+
+
+def lower_bound_reward(reward: th.Tensor, log_ratio: th.Tensor, gamma: float) -> th.Tensor:
+    """r̃ = (1 - γ) log r + log p/q - (1 - γ) log(1 - γ), for r > 0: the bound B_1, the paper's."""
+    return (1 - gamma) * (reward.log() - math.log(1 - gamma)) + log_ratio
+
+
+def discounted_bound_reward(reward: th.Tensor, log_ratio: th.Tensor, gamma: float) -> th.Tensor:
+    """r̃ = (1 - γ) log r + γ log p/q - (1 - γ) log(1 - γ), for r > 0: the bound B_γ, tighter where r = r(s, a)."""
+    return lower_bound_reward(reward, gamma * log_ratio, gamma)
+
+
+# -- what the dynamics minimise: shapes (n_members,) --
+
+
+def likelihood_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
+    """L = -log q."""
+    return terms.nll
+
+
+def adversarial_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
+    """L = -log q - log C/(1-C)."""
+    return terms.nll - terms.log_ratio
+
+
+def joint_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
+    """L = -log q - (log C/(1-C) + γ V), whose last two terms alone have the optimum q ∝ p exp(γ V)."""
+    return terms.nll - (terms.log_ratio + gamma * terms.value)
+
+
+def discounted_joint_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
+    """L = -log q - γ (log C/(1-C) + V), whose last two terms alone have the optimum q ∝ p exp(V)."""
+    return terms.nll - gamma * (terms.log_ratio + terms.value)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    A row of the table of objectives.
+
+    :param reward: what the policy is paid for an imagined transition: ``(reward, log_ratio, gamma) -> r̃``,
+        shapes (batch, 1); real transitions are paid the same with ``log_ratio`` zero
+    :param model_loss: what the dynamics minimise: ``(terms, gamma) -> loss``, shape (n_members,)
+    :param log_ratio_weight: weight of the log-ratio in the policy's reward
+    :param adversarial_weight: weight of what a drawn next state earns in the dynamics' loss
+    :param likelihood_weight: weight of the log-likelihood of real transitions in the dynamics' loss
+    :param takes_log: whether ``reward`` takes the logarithm of the environment's reward, so that the policy's
+        objective is a lower bound on the log of the expected return
+    :param centred: whether the log-ratio has its mean over the imagined rows subtracted before it is paid: a
+        constant part would pay or punish staying alive
+    :param uses_classifier: whether a classifier is trained at all
+    """
+
+    reward: Callable[[th.Tensor, th.Tensor, float], th.Tensor]
+    model_loss: Callable[[ModelTerms, float], th.Tensor]
+    log_ratio_weight: float = 1.0
+    adversarial_weight: float = 1.0
+    likelihood_weight: float = 1.0
+    takes_log: bool = False
+    centred: bool = False
+    uses_classifier: bool = True
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "mnm": Objective(reward=lower_bound_reward, model_loss=joint_loss, takes_log=True),
+    "mnm-gamma": Objective(reward=discounted_bound_reward, model_loss=discounted_joint_loss, takes_log=True),
+    "mnm-approx": Objective(
+        reward=realistic_reward, model_loss=adversarial_loss, log_ratio_weight=0.1, adversarial_weight=0.1, centred=True
+    ),
+    "vmbpo": Objective(reward=realistic_reward, model_loss=joint_loss),
+    "mbpo": Objective(reward=task_reward, model_loss=likelihood_loss, uses_classifier=False),
+}
