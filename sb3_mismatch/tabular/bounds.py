@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import spsolve
 from scipy.special import entr, rel_entr, softmax
 
-from sb3_mismatch.tabular.mdp import Array, Dynamics, FiniteMDP, as_dynamics, entries
+from sb3_mismatch.tabular.mdp import Array, Dynamics, FiniteMDP, entries
 
 
 def kl(q: Dynamics, p: Dynamics) -> Array:
@@ -97,7 +97,7 @@ class HorizonBound(Bound):
 
 def log_return(mdp: FiniteMDP, policy: npt.ArrayLike) -> float:
     """log R(π) = log E_{π,p} Σ_t γ^t r_t."""
-    d = occupancy(mdp.start, mdp.checked(policy), mdp.p, mdp.gamma)
+    d = occupancy(mdp.start, mdp.checked_policy(policy), mdp.p, mdp.gamma)
     total = expectation(d, mdp.expect(mdp.reward, mdp.p))
     if total <= 0:
         raise ValueError(f"log R needs a positive return and met R = {total:g}: use mdp.shifted(constant)")
@@ -106,8 +106,8 @@ def log_return(mdp: FiniteMDP, policy: npt.ArrayLike) -> float:
 
 def bound_1(mdp: FiniteMDP, policy: npt.ArrayLike, q: npt.ArrayLike | Dynamics) -> Bound:
     """B_1 = Σ_t γ^t [ (1-γ) E_q log r_t - K_t ] - log(1-γ): the paper's r̃ = (1-γ) log r + log p/q - (1-γ) log(1-γ)."""
-    q = as_dynamics(q)
-    d = occupancy(mdp.start, mdp.checked(policy), q, mdp.gamma)
+    q = mdp.checked_dynamics(q)
+    d = occupancy(mdp.start, mdp.checked_policy(policy), q, mdp.gamma)
     reward = (1 - mdp.gamma) * expectation(d, mdp.expect(mdp.log_reward, q))
     return Bound(reward, expectation(d, kl(q, mdp.p)), -math.log(1 - mdp.gamma))
 
@@ -197,8 +197,11 @@ def _steps(mdp: FiniteMDP, policy: Any, q: Any) -> Iterator[_Step]:
 
     if isinstance(q, list):
         policies = policy if np.ndim(policy) == 3 else itertools.repeat(policy)
-        return (step(mdp.checked(policy_t), as_dynamics(q_t)) for policy_t, q_t in zip(policies, q, strict=False))
-    return itertools.repeat(step(mdp.checked(policy), as_dynamics(q)))
+        return (
+            step(mdp.checked_policy(policy_t), mdp.checked_dynamics(q_t))
+            for policy_t, q_t in zip(policies, q, strict=False)
+        )
+    return itertools.repeat(step(mdp.checked_policy(policy), mdp.checked_dynamics(q)))
 
 
 class ClosedLoop(NamedTuple):
@@ -221,10 +224,10 @@ def bound_closed_loop(mdp: FiniteMDP, policy: npt.ArrayLike, loop: ClosedLoop) -
     value = E_{s_0}[ V - log μ̃/μ ] for the tilted start μ̃ and actions π̃.
     """
     mdp.require_state_rewards("bound_closed_loop")
-    policy, actions, stop = mdp.checked(policy), mdp.checked(loop.actions), np.asarray(loop.stop)
+    policy, actions, stop = mdp.checked_policy(policy), mdp.checked_policy(loop.actions), np.asarray(loop.stop)
     if stop.shape != policy.shape or not ((stop > 0) & (stop <= 1)).all():
         raise ValueError(f"loop.stop holds probabilities in (0, 1], shape {policy.shape}: none may be 0")
-    q = as_dynamics(loop.q)
+    q = mdp.checked_dynamics(loop.q)
     d = occupancy(loop.start, actions, q, 1 - stop)
     tilted = float(rel_entr(loop.start, mdp.start).sum()) + expectation(
         d.sum(axis=1), rel_entr(actions, policy).sum(axis=1)
@@ -239,7 +242,7 @@ def bound_closed_loop(mdp: FiniteMDP, policy: npt.ArrayLike, loop: ClosedLoop) -
 def doob(mdp: FiniteMDP, policy: npt.ArrayLike) -> ClosedLoop:
     """Doob's transform by the real values V, Q: μ̃ ∝ μ V, π̃ ∝ π Q, q ∝ p V and β = r/Q, for which the bound is tight."""
     mdp.require_state_rewards("doob")
-    policy = mdp.checked(policy)
+    policy = mdp.checked_policy(policy)
     action_values = evaluate(policy, mdp.p, np.exp(mdp.log_reward), mdp.gamma)
     values = (policy * action_values).sum(axis=1)
     q, _ = tilt(mdp.p, np.log(values))
@@ -249,6 +252,6 @@ def doob(mdp: FiniteMDP, policy: npt.ArrayLike) -> ClosedLoop:
 
 def vmbpo_objective(mdp: FiniteMDP, policy: npt.ArrayLike, q: npt.ArrayLike | Dynamics) -> Bound:
     """E_q Σ_t γ^t (r_t - K_t), in rewards: at its own argmax over q no less than R, and at another q neither bound."""
-    q = as_dynamics(q)
-    d = occupancy(mdp.start, mdp.checked(policy), q, mdp.gamma)
+    q = mdp.checked_dynamics(q)
+    d = occupancy(mdp.start, mdp.checked_policy(policy), q, mdp.gamma)
     return Bound(expectation(d, mdp.expect(mdp.reward, q)), expectation(d, kl(q, mdp.p)), 0.0)

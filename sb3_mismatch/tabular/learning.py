@@ -8,12 +8,12 @@ import numpy.typing as npt
 from scipy.special import rel_entr, softmax
 
 from sb3_mismatch.tabular.mdp import Array, FiniteMDP
-from sb3_mismatch.tabular.planning import find_method
+from sb3_mismatch.tabular.planning import Method, find_method
 
 
 def learn(
     mdp: FiniteMDP,
-    method: str = "mnm",
+    method: str | Method = "mnm",
     *,
     notebook: bool = True,
     seeds: Sequence[int] = (0,),
@@ -29,7 +29,7 @@ def learn(
     stores pay - c KL(q‖p) as its rewards. One update runs over all n transitions stored so far:
     Q(s,a) += (learning_rate / steps) Σ_i [ r_i + γ V(s'_i) - Q(s,a) ].
 
-    :param method: a row of NOTEBOOK, or without `notebook` of METHODS; "q-learning" takes its next states from p
+    :param method: as in `plan`; "q-learning" takes its next states from p
     :param initial: Q before the first iteration
     :param epsilon: the probability of a random action; the first trajectory is all random
     :param largest_step: the most that N(s,a) · learning_rate / steps may become; above 2 the update diverges

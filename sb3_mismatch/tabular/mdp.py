@@ -23,6 +23,9 @@ def as_dynamics(q: npt.ArrayLike | Dynamics, name: str = "q") -> Dynamics:
             raise ValueError(f"{name} has shape {q.shape}: give a dense (S, A, S) array or a sparse (S*A, S) matrix")
         q = q.reshape(-1, q.shape[2])
     q = sp.csr_array(q)
+    if not q.has_canonical_format:
+        q = q.copy()  # it may share its entries with the caller's
+        q.sum_duplicates()
     if q.shape[1] == 0 or q.shape[0] == 0 or q.shape[0] % q.shape[1]:
         raise ValueError(f"{name} has shape {q.shape}: a sparse one has S*A rows, row s*A + a, and S columns")
     if not (q.data >= 0).all() or not np.allclose(q.sum(axis=1), 1, rtol=0, atol=1e-8):
@@ -49,8 +52,7 @@ class FiniteMDP:
     def __init__(
         self, p: npt.ArrayLike | Dynamics, reward: npt.ArrayLike | Dynamics, gamma: float, start: npt.ArrayLike = 0
     ) -> None:
-        self.p = as_dynamics(p, "p")
-        self.p.sum_duplicates()
+        self.p = as_dynamics(p, "p").copy()
         self.p.eliminate_zeros()
         self.n_states = self.p.shape[1]
         self.n_actions = self.p.shape[0] // self.p.shape[1]
@@ -128,7 +130,7 @@ class FiniteMDP:
         """The policy that picks each action equally often. Shape (S, A)."""
         return np.full((self.n_states, self.n_actions), 1 / self.n_actions)
 
-    def checked(self, policy: npt.ArrayLike) -> Array:
+    def checked_policy(self, policy: npt.ArrayLike) -> Array:
         """π(a|s), an (S, A) array of distributions.
 
         :raises ValueError: when it is something else
@@ -138,6 +140,16 @@ class FiniteMDP:
         if policy.shape != shape or not (policy >= 0).all() or not np.allclose(policy.sum(axis=1), 1, rtol=0):
             raise ValueError(f"policy is π(a|s), an array of shape {shape} whose rows are distributions over actions")
         return policy
+
+    def checked_dynamics(self, q: npt.ArrayLike | Dynamics) -> Dynamics:
+        """q(s'|s,a) over this MDP's states and actions, sparse (S*A, S).
+
+        :raises ValueError: when it is something else
+        """
+        q = as_dynamics(q)
+        if q.shape != self.p.shape:
+            raise ValueError(f"q has shape {q.shape} where p has {self.p.shape}: give it the same states and actions")
+        return q
 
 
 def from_gymnasium(env: gym.Env[Any, Any], gamma: float, shift: float = 0.0) -> FiniteMDP:

@@ -84,11 +84,13 @@ NOTEBOOK = {
 """The pairs of the paper's code: they reproduce its figures, and ascend no bound."""
 
 
-def find_method(name: str, notebook: bool) -> Method:
-    """The row of METHODS, or of NOTEBOOK.
+def find_method(name: str | Method, notebook: bool) -> Method:
+    """The row of METHODS, or of NOTEBOOK; a row is its own.
 
     :raises ValueError: when there is none
     """
+    if isinstance(name, Method):
+        return name
     table = NOTEBOOK if notebook else METHODS
     if name not in table:
         raise ValueError(f"method={name!r} with notebook={notebook} is unknown: choose from {', '.join(table)}")
@@ -119,7 +121,7 @@ def greedy(Q: Array) -> Array:
 
 def plan(
     mdp: FiniteMDP,
-    method: str = "mnm",
+    method: str | Method = "mnm",
     *,
     notebook: bool = False,
     policy: npt.ArrayLike | None = None,
@@ -131,7 +133,7 @@ def plan(
 
     Without clip or approximation the rows of METHODS ascend their own objective at each step, whatever the smoothing.
 
-    :param method: a row of METHODS, or with `notebook` of NOTEBOOK
+    :param method: the name of a row of METHODS, or with `notebook` of NOTEBOOK; or a row of your own
     :param policy: held fixed when given, so that only q improves
     :param smoothing: the share of the old π and q that stays; None: the method's own
     :param kl_clip: no step is charged more nats than this
@@ -147,7 +149,7 @@ def plan(
     # r(s,a,s') tilts as V does: q ∝ p exp(x (pay/γ + V)).
     earned = exponent / mdp.gamma * entries(pay, base) if mdp.on_transitions else 0.0
     fixed = policy is not None
-    pi = mdp.checked(policy) if policy is not None else mdp.uniform()
+    pi = mdp.checked_policy(policy) if policy is not None else mdp.uniform()
     while True:
         cost = price * np.minimum(kl(q, mdp.p), kl_clip) if price else np.zeros_like(pi)
         if not np.isfinite(cost).all():
@@ -225,7 +227,7 @@ def plan_horizon(
     :param policy: held fixed when given; None: π_t is greedy
     :param horizons: how many horizons to sum; None: as in `bound_horizon`
     """
-    pi = None if policy is None else mdp.checked(policy)
+    pi = None if policy is None else mdp.checked_policy(policy)
     steps = np.arange(horizons or default_horizons(mdp))
     logits, value = steps * math.log(mdp.gamma), -math.inf
     while True:
@@ -267,7 +269,7 @@ def plan_closed_loop(mdp: FiniteMDP, policy: npt.ArrayLike | None = None) -> Ite
     :param policy: held fixed when given; the loop's actions are then tilted, π̃ ∝ π e^Q
     """
     fixed = policy is not None
-    pi = mdp.checked(policy) if policy is not None else mdp.uniform()
+    pi = mdp.checked_policy(policy) if policy is not None else mdp.uniform()
     mdp.require_state_rewards("plan_closed_loop")
     log_r, log_gamma = mdp.log_reward, math.log(mdp.gamma)
     loop = ClosedLoop(mdp.start, pi, np.full_like(pi, 1 - mdp.gamma), mdp.p)
