@@ -7,10 +7,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-INSTALL := $(PIP) install --constraint constraints.txt --editable
+# Without --no-compile pip compiles every module of every package, which takes as long as the rest of the install.
+INSTALL := $(PIP) install --no-compile --constraint constraints.txt --editable
 # The networks are small: more threads only get in each other's way.
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test lint docs constraints clean
 

@@ -12,7 +12,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
-suppress_warnings = ["autodoc"]
 
 html_theme = "sphinx_rtd_theme"
 html_title = f"sb3_mismatch {release}"
