@@ -68,7 +68,8 @@ def occupancy(start: Array, policy: Array, q: Dynamics, discount: float | Array)
 
 def expectation(weights: Array, x: Array) -> float:
     """Σ w x, where 0 · ∞ = 0: what cannot happen costs nothing."""
-    return float(np.sum(weights * x, where=weights > 0))
+    possible = weights > 0
+    return float(weights[possible] @ x[possible])
 
 
 @dataclass(frozen=True)
@@ -174,26 +175,27 @@ def horizon_terms(
 ) -> tuple[Array, Array]:
     """E_q log r_T and Σ_{t<T} K_t for T = 0, 1, ..., horizons - 1. Shapes (horizons,)."""
     mdp.require_state_rewards("a bound over horizons")
+    log_r = mdp.log_reward
     here, log_reward, paid = mdp.start, [], []
     for step in itertools.islice(_steps(mdp, policy, q), horizons):
-        log_reward.append(expectation(here, step.log_reward))
-        paid.append(expectation(here, step.kl))
+        pairs = here[:, None] * step.policy
+        log_reward.append(expectation(pairs, log_r))
+        paid.append(expectation(pairs, step.kl))
         here = here @ step.transition
     return np.array(log_reward), np.concatenate([[0.0], np.cumsum(paid[:-1])])
 
 
 class _Step(NamedTuple):
-    """One step of the chain from each state: its matrix (S, S), E_π log r and E_π KL(q‖p), both (S,)."""
+    """One step: π (S, A), the chain's matrix (S, S), and KL(q‖p) (S, A)."""
 
+    policy: Array
     transition: Dynamics
-    log_reward: Array
     kl: Array
 
 
 def _steps(mdp: FiniteMDP, policy: Any, q: Any) -> Iterator[_Step]:
     def step(policy: Array, q: Dynamics) -> _Step:
-        paid = np.where(policy > 0, policy * kl(q, mdp.p), 0.0).sum(axis=1)
-        return _Step(chain(policy, q, 1.0), (policy * mdp.log_reward).sum(axis=1), paid)
+        return _Step(policy, chain(policy, q, 1.0), kl(q, mdp.p))
 
     if isinstance(q, list):
         policies = policy if np.ndim(policy) == 3 else itertools.repeat(policy)

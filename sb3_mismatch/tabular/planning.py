@@ -227,6 +227,7 @@ def plan_horizon(
     :param policy: held fixed when given; None: π_t is greedy
     :param horizons: how many horizons to sum; None: as in `bound_horizon`
     """
+    mdp.require_state_rewards("plan_horizon")
     pi = None if policy is None else mdp.checked_policy(policy)
     steps = np.arange(horizons or default_horizons(mdp))
     logits, value = steps * math.log(mdp.gamma), -math.inf
