@@ -1,6 +1,5 @@
 """Real transitions as the learned world sees them, imagined ones, and minibatches of both."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +8,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mismatch.objectives import Payment
 from sb3_mismatch.observations import FlatObservations, Normalization
 from sb3_mismatch.randomness import RandomStreams
 
@@ -51,11 +51,8 @@ def real_transitions(
     next_rows = (rows + 1) % buffer.buffer_size
 
     def flat(array: Any, index: np.ndarray) -> np.ndarray:
-        if isinstance(array, dict):
-            array = {key: part[index] for key, part in array.items()}
-        else:
-            array = array[index]
-        return observations.flatten(array, len(index) * n_envs)
+        chosen = {key: part[index] for key, part in array.items()} if isinstance(array, dict) else array[index]
+        return observations.flatten(chosen, len(index) * n_envs)
 
     def column(array: np.ndarray) -> np.ndarray:
         return array[rows].astype(np.float32, copy=False).reshape(len(rows) * n_envs, -1)
@@ -63,7 +60,12 @@ def real_transitions(
     obs = flat(buffer.observations, rows)
     next_obs = flat(buffer.observations, next_rows) if compact else flat(buffer.next_observations, rows)
     actions, rewards, dones, timeouts = map(column, (buffer.actions, buffer.rewards, buffer.dones, buffer.timeouts))
-    for name, values in (("observations", obs), ("next observations", next_obs), ("actions", actions), ("rewards", rewards)):
+    for name, values in (
+        ("observations", obs),
+        ("next observations", next_obs),
+        ("actions", actions),
+        ("rewards", rewards),
+    ):
         if not np.isfinite(values).all():
             row, dim = np.argwhere(~np.isfinite(values))[0]
             raise ValueError(
@@ -103,7 +105,7 @@ class ImaginedBuffer:
 
     def add(self, batch: ReplayBufferSamples) -> None:
         """Append rows; of more than ``capacity`` the last are kept."""
-        columns = [c[-self.capacity :] for c in (batch.observations, batch.actions, batch.next_observations, batch.dones, batch.rewards)]
+        columns = [column[-self.capacity :] for column in batch[:5]]
         n = len(columns[0])
         if not self._columns:
             self._columns = [c.new_empty((self.capacity, c.shape[1])) for c in columns]
@@ -123,11 +125,6 @@ class ImaginedBuffer:
         self._columns, self._position, self._size = [], 0, 0
 
 
-#: (rewards, log_ratio) -> r̃, and the classifier's log-ratio of raw flat rows, centred and weighted
-PayReal = Callable[[th.Tensor], th.Tensor]
-PayImagined = Callable[[ReplayBufferSamples, th.Tensor], th.Tensor]
-
-
 class MixedReplayBuffer(ReplayBuffer):
     """
     Serves minibatches of real and imagined rows in place of the real replay buffer, while an agent trains.
@@ -140,11 +137,9 @@ class MixedReplayBuffer(ReplayBuffer):
     :param imagined: imagined rows
     :param real_ratio: share of real rows
     :param gradient_steps: minibatches that will be asked for
+    :param payment: what real and imagined rows earn
     :param streams: the world's random streams, from which imagined rows are drawn
     :param observations: the observation space's flat form
-    :param gamma: discount of imagined rows, whose one step stands beside the real rows' n
-    :param pay_real: rewards (n, 1), normalised if they are -> r̃
-    :param pay_imagined: raw imagined rows and their rewards, normalised like the real ones' -> r̃
     """
 
     def __init__(
@@ -153,16 +148,13 @@ class MixedReplayBuffer(ReplayBuffer):
         imagined: ImaginedBuffer,
         real_ratio: float,
         gradient_steps: int,
+        payment: Payment,
         streams: RandomStreams,
         observations: FlatObservations,
-        gamma: float,
-        pay_real: PayReal,
-        pay_imagined: PayImagined,
     ) -> None:
         # No super().__init__(): this buffer stores nothing of its own.
         self.real, self.imagined, self.real_ratio = real, imagined, real_ratio
-        self.streams, self.flat, self.gamma = streams, observations, gamma
-        self.pay_real, self.pay_imagined = pay_real, pay_imagined
+        self.payment, self.streams, self.flat = payment, streams, observations
         self._to_come = gradient_steps
         self._ready: list[ReplayBufferSamples] = []
 
@@ -187,7 +179,7 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def _real(self, n: int, env: VecNormalize | None) -> ReplayBufferSamples:
         batch = self.real.sample(n, env=env)
-        return batch._replace(rewards=self.pay_real(batch.rewards))
+        return batch._replace(rewards=self.payment.real(batch.rewards))
 
     def _imagined(self, n: int, env: VecNormalize | None) -> ReplayBufferSamples:
         with self.streams.active():
@@ -198,7 +190,7 @@ class MixedReplayBuffer(ReplayBuffer):
             observations, next_observations = scale.observation(observations), scale.observation(next_observations)
             rewards = scale.reward(rewards)
         return raw._replace(
-            observations=observations, next_observations=next_observations, rewards=self.pay_imagined(raw, rewards)
+            observations=observations, next_observations=next_observations, rewards=self.payment.imagined(raw, rewards)
         )
 
     def _mix(self, n_steps: int, n_real: int, n_imagined: int, env: VecNormalize | None) -> list[ReplayBufferSamples]:
@@ -212,7 +204,8 @@ class MixedReplayBuffer(ReplayBuffer):
             real = self._real(n_steps * n_real, env)
             kind = type(real)
             if real.discounts is not None:
-                columns["discounts"] = th.full_like(imagined.rewards, self.gamma)
+                # One imagined step stands beside the real rows' n.
+                columns["discounts"] = th.full_like(imagined.rewards, self.payment.gamma)
             columns = {name: _interleave(getattr(real, name), column, n_steps) for name, column in columns.items()}
         steps = {name: _split(column, n_steps) for name, column in columns.items()}
         return [kind(**{name: column[i] for name, column in steps.items()}) for i in range(n_steps)]
@@ -236,49 +229,35 @@ def _split(column: Any, n_steps: int) -> Any:
 
 class Episodes(NamedTuple):
     """
-    The latest whole episodes of a replay buffer.
+    Whole episodes of a replay buffer.
 
     :param first_observations: (n, obs_dim) raw flat
-    :param discounted_returns: (n,) Σ_t γ^t r_t, raw
-    :param longest: steps of the longest
+    :param rewards: (n, longest) raw, zero behind the end
+    :param steps: (n,) how many
     """
 
     first_observations: np.ndarray
-    discounted_returns: np.ndarray
-    longest: int
+    rewards: np.ndarray
+    steps: np.ndarray
 
 
-def latest_episodes(buffer: ReplayBuffer, observations: FlatObservations, gamma: float, offset: float, most: int) -> Episodes:
-    """
-    Up to ``most`` of the latest whole episodes of each environment, ended or cut by a time limit.
-
-    :param offset: added to every reward
-    """
+def latest_episodes(buffer: ReplayBuffer, observations: FlatObservations, most: int) -> Episodes:
+    """Up to ``most`` of the latest whole episodes of each environment, ended or cut by a time limit."""
     n = buffer.size()
     order = (np.arange(n) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
-    firsts, returns, longest = [], [], 0
+    firsts: list[np.ndarray] = []
+    rewards: list[np.ndarray] = []
     for env in range(buffer.n_envs):
-        last = np.flatnonzero(buffer.dones[order, env])
-        first = np.concatenate([[0], last[:-1] + 1]) if len(last) else last
+        ends = np.flatnonzero(buffer.dones[order, env]) + 1
         # The oldest episode of a full buffer may have lost its beginning.
-        keep = slice(max(len(last) - most, int(buffer.full)), None)
-        first, last = first[keep], last[keep]
-        if len(first) == 0:
-            continue
-        rows = order[first[0] : last[-1] + 1]
-        lengths = last - first + 1
-        steps = np.arange(len(rows)) - np.repeat(first - first[0], lengths)
-        rewards = buffer.rewards[rows, env].astype(np.float64) + offset
-        returns.append(np.add.reduceat(rewards * gamma**steps, first - first[0]))
-        at = order[first]
-        stored = buffer.observations
-        firsts.append(
-            observations.flatten(
-                {key: part[at, env] for key, part in stored.items()} if isinstance(stored, dict) else stored[at, env],
-                len(at),
-            )
-        )
-        longest = max(longest, int(lengths.max()))
-    if not firsts:
-        return Episodes(np.empty((0, observations.dim), np.float32), np.empty(0), 0)
-    return Episodes(np.concatenate(firsts), np.concatenate(returns), longest)
+        starts = np.concatenate([[0], ends[:-1]])[int(buffer.full) :][-most:]
+        for start, end in zip(starts, ends[int(buffer.full) :][-most:], strict=True):
+            rewards.append(buffer.rewards[order[start:end], env])
+            stored, at = buffer.observations, order[start]
+            first = {k: part[at, env] for k, part in stored.items()} if isinstance(stored, dict) else stored[at, env]
+            firsts.append(observations.flatten(first, 1))
+    steps = np.array([len(episode) for episode in rewards], dtype=np.int64)
+    padded = np.zeros((len(rewards), steps.max(initial=0)), dtype=np.float32)
+    for row, episode in zip(padded, rewards, strict=True):
+        row[: len(episode)] = episode
+    return Episodes(np.concatenate([np.empty((0, observations.dim), np.float32), *firsts]), padded, steps)

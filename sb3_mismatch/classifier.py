@@ -6,6 +6,7 @@ log p(s'|s, a) / q(s'|s, a) and nothing of how often (s, a) is met.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch as th
 from torch import nn
@@ -45,7 +46,7 @@ class Classifier(nn.Module):
         self.inputs = Standardizer(2 * obs_dim + action_dim)
         sizes = [2 * obs_dim + action_dim, *net_arch]
         layers: list[nn.Module] = []
-        for i, o in zip(sizes, sizes[1:], strict=False):
+        for i, o in pairwise(sizes):
             layers += [nn.Linear(i, o), nn.LayerNorm(o), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 

@@ -8,6 +8,7 @@ Shape letters: E members, K of them in use, N rows each.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch as th
@@ -40,7 +41,7 @@ class EnsembleMLP(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [in_features, *net_arch, out_features]
-        self.layers = nn.ModuleList(EnsembleLinear(n_members, i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(EnsembleLinear(n_members, i, o) for i, o in pairwise(sizes))
         self.layer_norm = layer_norm
 
     def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
@@ -113,9 +114,9 @@ class Dynamics(nn.Module):
         self,
         obs_dim: int,
         action_dim: int,
-        n_members: int = 7,
-        n_elites: int = 5,
-        net_arch: Sequence[int] = (200, 200, 200, 200),
+        n_members: int = 5,
+        n_elites: int = 3,
+        net_arch: Sequence[int] = (200, 200, 200),
         layer_norm: bool = False,
         predicts: str = "difference",
         end_arch: Sequence[int] = (64, 64),
@@ -145,9 +146,7 @@ class Dynamics(nn.Module):
         """Indices of the ``n_elites`` members with the lowest holdout error."""
         return self.holdout_error.topk(self.n_elites, largest=False).indices
 
-    def forward(
-        self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None
-    ) -> Gaussian:
+    def forward(self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None) -> Gaussian:
         """(K, N, obs_dim), (K, N, action_dim) -> standardised targets' distribution."""
         x = self.inputs(th.cat([observations, actions], dim=-1))
         mean, log_var = self.body(x, members).chunk(2, dim=-1)
@@ -156,9 +155,7 @@ class Dynamics(nn.Module):
         log_var = high - F.softplus(high - log_var)
         return Gaussian(mean, low + F.softplus(log_var - low))
 
-    def raw_targets(
-        self, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
-    ) -> th.Tensor:
+    def raw_targets(self, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor) -> th.Tensor:
         """[s' - s or s', r], (..., obs_dim + 1), in the environment's units."""
         state = next_observations - observations if self.predicts == "difference" else next_observations
         return th.cat([state, rewards], dim=-1)
@@ -199,7 +196,11 @@ class Dynamics(nn.Module):
         return 0.01 * (self.max_log_var - self.min_log_var).sum(dim=(1, 2))
 
     def end_logits(
-        self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, members: th.Tensor | None = None
+        self,
+        observations: th.Tensor,
+        actions: th.Tensor,
+        next_observations: th.Tensor,
+        members: th.Tensor | None = None,
     ) -> th.Tensor:
         """Logit of the episode's end at s', (K, N, 1)."""
         inputs = self.inputs(th.cat([observations, actions], dim=-1))
@@ -207,8 +208,8 @@ class Dynamics(nn.Module):
 
     def end_probability(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """Mean over the elites of the probability that the episode ends at s': (N, .) -> (N, 1)."""
-        stacked = [x.expand(self.n_elites, *x.shape) for x in (observations, actions, next_observations)]
-        return self.end_logits(*stacked, members=self.elites).sigmoid().mean(dim=0)
+        stacked = (x.expand(self.n_elites, *x.shape) for x in (observations, actions, next_observations))
+        return self.end_logits(*stacked, self.elites).sigmoid().mean(dim=0)
 
     def rsample(
         self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None

@@ -1,6 +1,8 @@
 """Fit the dynamics (bootstraps, holdout, early stop, elites) and the classifier."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -10,26 +12,96 @@ from torch.nn import functional as F
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
+from sb3_mismatch.objectives import Objective
+from sb3_mismatch.settings import check_count, check_number
 
 #: minibatch of rows (E, N, .), one block per member -> what each member minimises, (E,)
 ModelLoss = Callable[[ReplayBufferSamples], th.Tensor]
 #: (s, a) -> s', each (n, .)
 SampleNext = Callable[[th.Tensor, th.Tensor], th.Tensor]
+#: raw flat observations (n, obs_dim) -> V, (n, 1), differentiable in them
+Value = Callable[[th.Tensor], th.Tensor]
 
 
-def split_holdout(data: RealTransitions, holdout_ratio: float, max_holdout: int) -> tuple[th.Tensor, th.Tensor]:
+class Terms:
+    """
+    The terms of the dynamics' loss on one minibatch (E, N, .), each computed when asked for and weighted
+    (:class:`~sb3_mismatch.objectives.ModelTerms`).
+    """
+
+    def __init__(
+        self, row: Objective, dynamics: Dynamics, classifier: Classifier, value: Value, rows: ReplayBufferSamples
+    ) -> None:
+        self._row, self._dynamics, self._classifier, self._value, self._rows = row, dynamics, classifier, value, rows
+
+    @cached_property
+    def nll(self) -> th.Tensor:
+        """-log q(s', r | s, a): (E,)."""
+        rows = self._rows
+        nll = self._dynamics.nll(rows.observations, rows.actions, rows.next_observations, rows.rewards)
+        return self._row.likelihood_weight * nll.mean(dim=1)
+
+    @cached_property
+    def _drawn(self) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """s, a and s' ~ q by reparameterisation; over all members as many rows as one member's minibatch has."""
+        n_members, n_rows = self._rows.rewards.shape[:2]
+        few = max(n_rows // n_members, 1)
+        observations, actions = self._rows.observations[:, :few], self._rows.actions[:, :few]
+        return observations, actions, self._dynamics.rsample(observations, actions)[0]
+
+    @cached_property
+    def log_ratio(self) -> th.Tensor:
+        """log C/(1-C): (E,). Not clipped: where the classifier is sure, the dynamics need its gradient most."""
+        return self._row.adversarial_weight * self._classifier(*self._drawn).mean(dim=(1, 2))
+
+    @cached_property
+    def value(self) -> th.Tensor:
+        """V(s'): (E,)."""
+        next_observations = self._drawn[2]
+        values = self._value(next_observations.flatten(0, 1)).view(next_observations.shape[:2])
+        return self._row.adversarial_weight * values.mean(dim=1)
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """
+    How the world is fitted, each time from where it stands.
+
+    :param max_steps: gradient steps of the dynamics at most
+    :param classifier_steps: gradient steps of the classifier
+    :param batch_size: rows of a minibatch, for each member
+    :param holdout_ratio: share of real rows held out
+    :param max_holdout: at most so many of them (mbpo/models/bnn.py: 5000)
+    :param patience: checks without progress of any member before the fit stops (mbpo/models/bnn.py: 5)
+    :param threshold: relative fall of the holdout error that counts as progress (mbpo/models/bnn.py: 0.01)
+    """
+
+    max_steps: int = 200
+    classifier_steps: int = 50
+    batch_size: int = 256
+    holdout_ratio: float = 0.2
+    max_holdout: int = 5000
+    patience: int = 5
+    threshold: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "classifier_steps", "batch_size", "max_holdout", "patience"):
+            check_count(f"fit_kwargs[{name!r}]", getattr(self, name))
+        check_number("fit_kwargs['holdout_ratio']", self.holdout_ratio, 0, 0.9)
+        check_number("fit_kwargs['threshold']", self.threshold, 0, 1)
+
+
+def split_holdout(data: RealTransitions, settings: FitSettings) -> tuple[th.Tensor, th.Tensor]:
     """
     Row indices of the training and the holdout set.
 
     Which set a row belongs to follows from its place in the replay buffer, so that no row that was trained on is
     held out later, over warm starts and over sessions.
 
-    :param holdout_ratio: share of rows held out
-    :param max_holdout: at most so many of them (mbpo/models/bnn.py: 5000)
     :return: two index tensors; of a single row, or where one set would be empty, both hold all
     """
     n = len(data)
-    ratio = min(holdout_ratio, max_holdout / max(n, 1))
+    ratio = min(settings.holdout_ratio, settings.max_holdout / max(n, 1))
     # Multiples of the golden ratio, modulo one, are spread evenly whatever rows there are.
     held_out = (data.position.double() * 0.6180339887498949).frac() < ratio
     train, holdout = (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
@@ -71,12 +143,7 @@ def fit_dynamics(
     optimizer: th.optim.Optimizer,
     data: RealTransitions,
     loss: ModelLoss,
-    max_steps: int = 400,
-    batch_size: int = 256,
-    holdout_ratio: float = 0.2,
-    max_holdout: int = 5000,
-    patience: int = 5,
-    threshold: float = 0.01,
+    settings: FitSettings,
 ) -> dict[str, float]:
     """
     Fit all members at once, from where they stand.
@@ -85,22 +152,20 @@ def fit_dynamics(
     the best parameters of each member are restored at the end (mbpo/models/bnn.py, ``train``).
 
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
-    :param max_steps: gradient steps at most
-    :param patience: checks without any member improving by ``threshold`` before the fit stops
     :return: for the log: holdout error per head, negative log-likelihood, steps taken
     :raises ValueError: when the holdout error is not finite
     """
-    train, holdout = split_holdout(data, holdout_ratio, max_holdout)
+    train, holdout = split_holdout(data, settings)
     batch, n_members, device = data.batch, dynamics.n_members, data.position.device
     _standardise(dynamics, batch, train)
     held = ReplayBufferSamples(*(c[holdout].expand(n_members, -1, -1) for c in batch[:5]))
 
     bootstrap = train[th.randint(len(train), (n_members, len(train)), device=device)]
-    columns = th.randint(len(train), (max_steps, n_members, batch_size), device=device)
-    check_every = min(max(len(train) // batch_size, 20), 100)
+    columns = th.randint(len(train), (settings.max_steps, n_members, settings.batch_size), device=device)
+    check_every = min(max(len(train) // settings.batch_size, 20), 100)
     # Ends are judged apart from states and rewards: their heads share no parameter with the others.
-    best_body = BestMembers(_Body(dynamics), threshold)
-    best_end = BestMembers(dynamics.end, threshold)
+    best_body = BestMembers(_Body(dynamics), settings.threshold)
+    best_end = BestMembers(dynamics.end, settings.threshold)
 
     def check() -> bool:
         with th.no_grad():
@@ -112,8 +177,8 @@ def fit_dynamics(
     idle, steps = 0, 0
     check()
     dynamics.train()
-    while steps < max_steps and idle < patience:
-        for step in range(steps, min(steps + check_every, max_steps)):
+    while steps < settings.max_steps and idle < settings.patience:
+        for step in range(steps, min(steps + check_every, settings.max_steps)):
             index = bootstrap.gather(1, columns[step])
             rows = ReplayBufferSamples(*(c[index] for c in batch[:5]))
             total = loss(rows) + _end_loss(dynamics, rows) + dynamics.log_var_penalty()
@@ -128,7 +193,8 @@ def fit_dynamics(
 
     if not best_body.error.isfinite().all():
         raise ValueError(
-            "the dynamics' holdout error is not finite: lower dynamics_kwargs['learning_rate'] or scale the observations"
+            "the dynamics' holdout error is not finite: lower dynamics_kwargs['learning_rate'], or scale the observations "
+            "and rewards"
         )
     dynamics.holdout_error.copy_(best_body.error)
     with th.no_grad():
@@ -175,25 +241,22 @@ def fit_classifier(
     optimizer: th.optim.Optimizer,
     data: RealTransitions,
     sample_next: SampleNext,
-    steps: int = 100,
-    batch_size: int = 256,
-    holdout_ratio: float = 0.2,
-    max_holdout: int = 5000,
+    settings: FitSettings,
 ) -> dict[str, float]:
     """
     Train the classifier on real s' against s' ~ q(.|s, a) at the same (s, a).
 
     :param sample_next: the dynamics' draw of s' at (s, a)
-    :param steps: gradient steps, each on ``batch_size`` real and as many imagined next states
     :return: for the log, on held-out rows: loss, accuracy, mean log-ratio of real and of imagined next states
     :raises ValueError: when the loss is not finite
     """
-    train, holdout = split_holdout(data, holdout_ratio, max_holdout)
+    train, holdout = split_holdout(data, settings)
+    batch_size = settings.batch_size
     observations, actions, next_observations = data.batch.observations, data.batch.actions, data.batch.next_observations
     classifier.inputs.fit(classifier.features(observations[train], actions[train], next_observations[train]))
 
     # All imagined next states are drawn in one go.
-    index = train[th.randint(len(train), (steps * batch_size,), device=train.device)]
+    index = train[th.randint(len(train), (settings.classifier_steps * batch_size,), device=train.device)]
     imagined = sample_next(observations[index], actions[index])
     labels = th.cat([th.ones(batch_size, 1), th.zeros(batch_size, 1)]).to(train.device)
     classifier.train()

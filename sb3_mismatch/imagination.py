@@ -1,7 +1,7 @@
 """Imagined trajectories, branched from real states."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -12,8 +12,8 @@ from sb3_mismatch.terminations import Outcomes
 
 #: (n, obs_dim) raw flat observations -> (n, action_dim) actions in [-1, 1]
 Act = Callable[[th.Tensor], th.Tensor]
-#: (rewards, observations, actions, next_observations) -> r̃, (n, 1)
-Pay = Callable[[th.Tensor, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+#: raw flat rows -> r̃, (n, 1)
+Pay = Callable[[ReplayBufferSamples], th.Tensor]
 
 
 def horizon_at(horizon: int | Sequence[int], timesteps: int) -> int:
@@ -39,22 +39,16 @@ def imagine(act: Act, dynamics: Dynamics, outcomes: Outcomes, starts: th.Tensor,
     :param starts: (n, obs_dim) raw flat observations
     :return: the rows of all trajectories, step by step; ``dones`` marks true ends only, never the horizon
     """
-    observations = starts
-    alive = th.ones_like(starts[:, 0], dtype=th.bool)
-    steps: list[tuple[th.Tensor, ...]] = []
-    kept: list[th.Tensor] = []
-    for _ in range(horizon):
-        actions = act(observations)
-        next_observations, learned = dynamics.sample(observations, actions)
-        rewards = outcomes.rewards(observations, actions, next_observations, learned)
-        ends = outcomes.ends(observations, actions, next_observations)
-        steps.append((observations, actions, next_observations, ends.float(), rewards))
-        kept.append(alive)
-        alive = alive & ~ends.squeeze(1)
-        observations = next_observations
+    steps = list(_steps(act, dynamics, outcomes, starts, horizon))
     # Finished rows are dropped, so that no imagined state follows an end: once, for one wait on the device.
-    keep = th.cat(kept)
-    return ReplayBufferSamples(*(th.cat(column)[keep] for column in zip(*steps, strict=True)))
+    keep = th.cat([alive for _, alive in steps])
+    columns = zip(*(rows[:5] for rows, _ in steps), strict=True)
+    return ReplayBufferSamples(*(th.cat(column)[keep] for column in columns))
+
+
+def discounting_horizon(gamma: float, remainder: float = 0.01) -> int:
+    """Steps after which γ^t falls below ``remainder``; 1000 without discounting."""
+    return math.ceil(math.log(remainder) / math.log(gamma)) if 0 < gamma < 1 else 1000
 
 
 class BoundEstimate(NamedTuple):
@@ -66,25 +60,32 @@ class BoundEstimate(NamedTuple):
 
 @th.no_grad()
 def lower_bound(
-    act: Act, dynamics: Dynamics, outcomes: Outcomes, pay: Pay, starts: th.Tensor, gamma: float, horizon: int | None = None
+    act: Act, dynamics: Dynamics, outcomes: Outcomes, pay: Pay, starts: th.Tensor, gamma: float, horizon: int
 ) -> BoundEstimate:
     """
-    E_q[Σ_t γ^t r̃_t] by imagined trajectories from ``starts``: the lower bound on the log of the expected return.
+    E_q[Σ_t γ^t r̃_t] by imagined trajectories: the lower bound on the log of the expected return.
 
-    :param pay: r̃ of a transition
+    :param pay: r̃ of raw flat rows
     :param starts: (n, obs_dim) raw flat first observations of episodes
-    :param horizon: steps after which the sum is cut; default: where γ^t falls below a hundredth
+    :param horizon: steps after which the sum is cut
     """
-    if horizon is None:
-        horizon = math.ceil(math.log(0.01) / math.log(gamma)) if 0 < gamma < 1 else 1000
+    total = th.zeros_like(starts[:, :1])
+    for t, (rows, alive) in enumerate(_steps(act, dynamics, outcomes, starts, horizon)):
+        total += gamma**t * alive.unsqueeze(1) * pay(rows)
+    return BoundEstimate(total.mean(), total.std() / math.sqrt(len(total)))
+
+
+def _steps(
+    act: Act, dynamics: Dynamics, outcomes: Outcomes, starts: th.Tensor, horizon: int
+) -> Iterator[tuple[ReplayBufferSamples, th.Tensor]]:
+    """Step after step, the rows of all trajectories and which of them, (n,), had not ended before."""
     observations = starts
-    alive = th.ones_like(starts[:, :1])
-    total = th.zeros_like(alive)
-    for t in range(horizon):
+    alive = th.ones_like(starts[:, 0], dtype=th.bool)
+    for _ in range(horizon):
         actions = act(observations)
         next_observations, learned = dynamics.sample(observations, actions)
         rewards = outcomes.rewards(observations, actions, next_observations, learned)
-        total += gamma**t * alive * pay(rewards, observations, actions, next_observations)
-        alive = alive * ~outcomes.ends(observations, actions, next_observations)
+        ends = outcomes.ends(observations, actions, next_observations)
+        yield ReplayBufferSamples(observations, actions, next_observations, ends.float(), rewards), alive
+        alive = alive & ~ends.squeeze(1)
         observations = next_observations
-    return BoundEstimate(total.mean(), total.std() / math.sqrt(len(total)))

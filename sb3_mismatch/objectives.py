@@ -14,13 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_mismatch.classifier import Classifier
 
 
 class ModelTerms(Protocol):
     """
     What the dynamics' loss may ask of a minibatch: means over its rows for each member, shape (n_members,), computed
-    only when asked for, and already times their weights: ``nll`` times ``likelihood_weight``, the other two times ``adversarial_weight``.
+    only when asked for, and already times their weights: ``nll`` times ``likelihood_weight``, the other two times
+    ``adversarial_weight``.
     """
 
     @property
@@ -119,3 +124,72 @@ OBJECTIVES: dict[str, Objective] = {
     "vmbpo": Objective(reward=realistic_reward, model_loss=joint_loss),
     "mbpo": Objective(reward=task_reward, model_loss=likelihood_loss, uses_classifier=False),
 }
+
+
+def positive_offset(name: str, lowest: float, reward_shift: float | str, reward_floor: float) -> float:
+    """
+    What is added to every raw reward before its logarithm is taken.
+
+    :param name: of the objective, for the message
+    :param lowest: the lowest real reward met so far
+    :param reward_shift: a number, or "auto" for as much as lifts ``lowest`` to ``reward_floor``
+    :raises ValueError: when the shifted reward is not above 0
+    """
+    offset = max(0.0, reward_floor - lowest) if reward_shift == "auto" else float(reward_shift)
+    if not lowest + offset > 0:
+        raise ValueError(
+            f"objective={name!r} takes log r and met r = {lowest:g} (reward_shift={reward_shift!r}): "
+            "pass reward_shift='auto' or a larger number, or use objective='mnm-approx'"
+        )
+    return offset
+
+
+@dataclass(frozen=True)
+class Payment:
+    """
+    What a row of the table pays, by today's classifier.
+
+    :param row: the objective
+    :param gamma: discount
+    :param classifier: gives the log-ratio of raw flat rows
+    :param offset: added to rewards before their logarithm, in the units that the critics see
+    :param lowest: the lowest reward that has a logarithm, shifted, in the same units
+    """
+
+    row: Objective
+    gamma: float
+    classifier: Classifier
+    offset: float = 0.0
+    lowest: float = 0.0
+
+    def real(self, rewards: th.Tensor) -> th.Tensor:
+        """r̃ of real rows, which need no correction: (n, 1)."""
+        return self._pay(rewards, th.zeros_like(rewards))
+
+    @th.no_grad()
+    def imagined(self, raw: ReplayBufferSamples, rewards: th.Tensor) -> th.Tensor:
+        """r̃ of imagined rows: raw flat rows, and their rewards as the critics see them, (n, 1)."""
+        row = self.row
+        if not row.uses_classifier or row.log_ratio_weight == 0:
+            return self.real(rewards)
+        log_ratio = self.classifier.log_ratio(raw.observations, raw.actions, raw.next_observations)
+        if row.centred:
+            log_ratio = log_ratio - log_ratio.mean()
+        return self._pay(rewards, row.log_ratio_weight * log_ratio)
+
+    def _pay(self, rewards: th.Tensor, log_ratio: th.Tensor) -> th.Tensor:
+        if self.row.takes_log:
+            # Learned rewards may fall below every real one.
+            rewards = (rewards + self.offset).clamp(min=self.lowest)
+        return self.row.reward(rewards, log_ratio, self.gamma)
+
+    def log_return(self, rewards: np.ndarray, steps: np.ndarray) -> float:
+        """
+        log of the mean of Σ_t γ^t r_t over episodes, the rewards shifted as their logarithm is.
+
+        :param rewards: (episodes, longest), in the units that the critics see
+        :param steps: (episodes,) how many of each count
+        """
+        t = np.arange(rewards.shape[1])
+        discounted = self.gamma**t * (rewards.astype(np.float64) + self.offset)
+        return math.log(np.where(t < steps[:, None], discounted, 0.0).sum(axis=1).mean())

@@ -1,6 +1,7 @@
 """Observations as flat rows: what the learned world sees of Box and Dict spaces, and of VecNormalize."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -21,7 +22,7 @@ class FlatObservations:
     :raises ValueError: for any other space
     """
 
-    def __init__(self, space: spaces.Space) -> None:
+    def __init__(self, space: spaces.Space[Any]) -> None:
         self.is_dict = isinstance(space, spaces.Dict)
         parts = dict(space.spaces) if isinstance(space, spaces.Dict) else {"observation": space}
         self.shapes: dict[str, tuple[int, ...]] = {}

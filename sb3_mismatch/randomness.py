@@ -74,7 +74,9 @@ class RandomStreams:
         self._state = StreamState(
             numpy=("MT19937", keys, *state["numpy_rest"]),
             torch=state["torch"].cpu(),
-            device=state["device"].cpu() if "device" in state and self._state.device is not None else self._state.device,
+            device=state["device"].cpu()
+            if "device" in state and self._state.device is not None
+            else self._state.device,
         )
 
 

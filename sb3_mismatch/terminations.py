@@ -41,7 +41,9 @@ class Outcomes:
     def ends(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """Whether the episode ends at s': bool (n, 1), drawn where it is learned."""
         if self.termination_fn is None:
-            return th.rand_like(actions[:, :1]) < self.dynamics.end_probability(observations, actions, next_observations)
+            return th.rand_like(actions[:, :1]) < self.dynamics.end_probability(
+                observations, actions, next_observations
+            )
         return self._ask("termination_fn", self.termination_fn, observations, actions, next_observations) > 0.5
 
     def rewards(

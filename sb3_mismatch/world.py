@@ -1,5 +1,6 @@
 """The learned world: dynamics, classifier, their optimizers, and what they have imagined."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,9 @@ from gymnasium import spaces
 from sb3_mismatch.buffers import ImaginedBuffer
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
+from sb3_mismatch.fitting import FitSettings
 from sb3_mismatch.observations import FlatObservations
+from sb3_mismatch.settings import check_number
 from sb3_mismatch.terminations import Outcomes, TransitionFunction
 
 #: weight decay of the hidden layers and of the output layer (mbpo/models/constructor.py)
@@ -24,6 +27,7 @@ class World:
     :param action_space: a bounded Box
     :param dynamics_kwargs: arguments of :class:`~sb3_mismatch.dynamics.Dynamics`, and its ``learning_rate``
     :param classifier_kwargs: arguments of :class:`~sb3_mismatch.classifier.Classifier`, and its ``learning_rate``
+    :param fit_kwargs: arguments of :class:`~sb3_mismatch.fitting.FitSettings`
     :param imagined_buffer_size: imagined transitions kept
     :raises ValueError: for a space or a setting that cannot be served
     """
@@ -33,35 +37,45 @@ class World:
 
     def __init__(
         self,
-        observation_space: spaces.Space,
+        observation_space: spaces.Space[Any],
         action_space: spaces.Box,
         device: th.device,
         dynamics_kwargs: Mapping[str, Any],
         classifier_kwargs: Mapping[str, Any],
+        fit_kwargs: Mapping[str, Any],
         imagined_buffer_size: int,
         termination_fn: TransitionFunction | None = None,
         reward_fn: TransitionFunction | None = None,
     ) -> None:
         self.observations = FlatObservations(observation_space)
         sizes = (self.observations.dim, spaces.flatdim(action_space))
-        self.dynamics, learning_rate = _build("dynamics_kwargs", Dynamics, sizes, dynamics_kwargs)
+        self.dynamics, learning_rate = _network(
+            "dynamics_kwargs", Dynamics, sizes, {"learning_rate": 1e-3, **dynamics_kwargs}
+        )
         self.dynamics.to(device).eval()
         groups = self.dynamics.parameter_groups(WEIGHT_DECAY)
         self.dynamics_optimizer = th.optim.Adam(groups, lr=learning_rate, fused=True)
-        self.classifier, learning_rate = _build("classifier_kwargs", Classifier, sizes, classifier_kwargs)
+        self.classifier, learning_rate = _network(
+            "classifier_kwargs", Classifier, sizes, {"learning_rate": 3e-4, **classifier_kwargs}
+        )
         self.classifier.to(device).eval()
         self.classifier_optimizer = th.optim.Adam(self.classifier.parameters(), lr=learning_rate, fused=True)
+        self.fit_settings: FitSettings = _build("fit_kwargs", FitSettings, fit_kwargs)
         self.outcomes = Outcomes(self.dynamics, self.observations, action_space, termination_fn, reward_fn)
         self.imagined = ImaginedBuffer(imagined_buffer_size)
 
 
-def _build(name: str, kind: type, sizes: tuple[int, int], kwargs: Mapping[str, Any]) -> tuple[Any, float]:
-    """An instance of ``kind`` and its learning rate; an unknown or ill-typed setting is told by its name."""
-    settings = {"learning_rate": 1e-3 if kind is Dynamics else 3e-4, **kwargs}
+def _network(name: str, kind: type, sizes: tuple[int, int], kwargs: Mapping[str, Any]) -> tuple[Any, float]:
+    """A network and its learning rate."""
+    settings = dict(kwargs)
     learning_rate = settings.pop("learning_rate")
-    if not isinstance(learning_rate, int | float) or not learning_rate >= 0:
-        raise ValueError(f"{name}['learning_rate'] = {learning_rate!r} must be a number of at least 0")
-    try:
-        return kind(*sizes, **settings), float(learning_rate)
-    except TypeError as error:
-        raise TypeError(f"{name}={dict(kwargs)!r} does not fit {kind.__name__}: {error}") from error
+    check_number(f"{name}['learning_rate']", learning_rate, 0, 1)
+    return _build(name, kind, settings, *sizes), float(learning_rate)
+
+
+def _build(name: str, kind: type, kwargs: Mapping[str, Any], *args: Any) -> Any:
+    """An instance of ``kind``; a setting that it does not know is told by the name of the user's argument."""
+    if unknown := set(kwargs) - set(inspect.signature(kind).parameters):
+        known = sorted(set(inspect.signature(kind).parameters) - {"obs_dim", "action_dim"})
+        raise TypeError(f"{name} holds {sorted(unknown)}, which {kind.__name__} does not take: it takes {known}")
+    return kind(*args, **kwargs)

@@ -78,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         unfinished = prepare(cells, args.out, "python -m sb3_mismatch.benchmarks " + shlex.join(argv))
     except ValueError as error:
         parser.error(str(error))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that the runs end with their parent.
     print(f"{len(cells)} runs, {len(cells) - len(unfinished)} of them finished before", flush=True)
     failed = launch(unfinished, args.out, args.jobs, args.threads)
     for cell in failed:
@@ -87,4 +86,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that the runs end with their parent.
     sys.exit(main())

@@ -23,7 +23,7 @@ def draw_curves(axes: Axes, curves: Curves, colors: Mapping[str, str] | None = N
             axes.plot(steps, returns.T, color=color, linewidth=0.8, alpha=0.4)
         axes.plot(steps, returns.mean(0), color=color, linewidth=2.5, label=label)
     axes.set_xlabel("environment steps")
-    axes.set_ylabel("mean return of an evaluation")
+    axes.set_ylabel("return")
     axes.grid(alpha=0.3)
 
 

@@ -18,6 +18,7 @@ from sb3_mismatch.tabular.bounds import (
     vmbpo_objective,
 )
 from sb3_mismatch.tabular.grids import (
+    MOVES,
     WALLS_2A,
     WALLS_2B,
     block_average,
@@ -45,6 +46,7 @@ from sb3_mismatch.tabular.planning import (
 
 __all__ = [
     "METHODS",
+    "MOVES",
     "NOTEBOOK",
     "WALLS_2A",
     "WALLS_2B",

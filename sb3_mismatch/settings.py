@@ -1,0 +1,100 @@
+"""Checks of the settings, one sentence each, and the signature that joins the base algorithm's with ours."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_mismatch.objectives import OBJECTIVES, Objective
+
+COUNTS = ("model_train_freq", "imagined_per_step", "imagined_buffer_size", "n_members", "n_elites")
+WEIGHTS = ("log_ratio_weight", "adversarial_weight", "likelihood_weight")
+FUNCTIONS = ("termination_fn", "reward_fn")
+DICTS = ("dynamics_kwargs", "classifier_kwargs", "fit_kwargs")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """
+    One sentence for each setting of :class:`~sb3_mismatch.mnm.ModelBased` that cannot be served.
+
+    :param settings: their values by name
+    :raises TypeError: for a value of the wrong kind
+    :raises ValueError: for a value out of range
+    """
+    objective, horizon = settings["objective"], settings["horizon"]
+    if isinstance(objective, str) and objective not in OBJECTIVES:
+        names = ", ".join(repr(name) for name in OBJECTIVES)
+        raise ValueError(f"objective={objective!r} is unknown: use one of {names}, or an Objective")
+    if not isinstance(objective, str | Objective):
+        raise TypeError(f"objective={objective!r} must be a name or an Objective")
+    check_number("real_ratio", settings["real_ratio"], 0, 1)
+    for name in COUNTS:
+        check_count(name, settings[name])
+    if settings["n_elites"] > settings["n_members"]:
+        raise ValueError(
+            f"n_elites={settings['n_elites']} is more than n_members={settings['n_members']}: "
+            "choose fewer elites or more members"
+        )
+    if not isinstance(horizon, list | tuple):
+        check_count("horizon", horizon)
+    elif len(horizon) != 4 or min(horizon[2:]) < 1 or horizon[0] > horizon[1]:
+        raise ValueError(
+            f"horizon={horizon!r} must be a number of at least 1, or a schedule "
+            "[first_step, last_step, first_horizon, last_horizon] with rising steps and horizons of at least 1"
+        )
+    for name in WEIGHTS:
+        if settings[name] is not None:
+            check_number(name, settings[name], 0, math.inf)
+    if settings["reward_shift"] != "auto":
+        check_number("reward_shift", settings["reward_shift"], -math.inf, math.inf)
+    check_number("reward_floor", settings["reward_floor"], 1e-30, math.inf)
+    for name in FUNCTIONS:
+        if settings[name] is not None and not callable(settings[name]):
+            raise TypeError(f"{name}={settings[name]!r} must be a function of batched tensors, or None")
+    for name in DICTS:
+        if settings[name] is not None and not isinstance(settings[name], dict):
+            raise TypeError(f"{name}={settings[name]!r} must be a dict, or None")
+
+
+def check_replay_buffer(kind: type | None) -> None:
+    """:raises ValueError: for a replay buffer whose rows imagined ones cannot join"""
+    if kind is not None and issubclass(kind, HerReplayBuffer):
+        raise ValueError(
+            "replay_buffer_class=HerReplayBuffer relabels goals with the environment's own reward, which imagined "
+            "transitions have not: use stable_baselines3.SAC with it, or the default buffer"
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """A whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """A number from ``low`` to ``high``."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be a number")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must lie between {low} and {high}")
+
+
+def joined_signature(cls: type, mixin: type, base_defaults: Mapping[str, Any]) -> inspect.Signature:
+    """
+    The signature of a class made of ``mixin`` and an algorithm: the algorithm's arguments in their order, with
+    ``base_defaults``, then by keyword those of the mixin and of what is derived from it.
+    """
+    base = inspect.signature(super(mixin, cls).__init__)  # type: ignore[arg-type]
+    parameters = {
+        name: parameter.replace(default=base_defaults.get(name, parameter.default))
+        for name, parameter in base.parameters.items()
+        if name != "self"
+    }
+    for kind in reversed(cls.__mro__):
+        if issubclass(kind, mixin) and "__init__" in vars(kind):
+            for name, parameter in inspect.signature(kind.__init__).parameters.items():
+                if parameter.kind is parameter.KEYWORD_ONLY and name != "_init_setup_model":
+                    parameters[name] = parameter
+    return inspect.Signature(list(parameters.values()))
