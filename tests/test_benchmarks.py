@@ -1,6 +1,7 @@
 """The benchmark harness: its callback beside a learner, and its command line on runs of 300 steps."""
 
 import csv
+import inspect
 import json
 import random
 import subprocess
@@ -14,16 +15,20 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import SAC
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_mismatch import MnM
 from sb3_mismatch.benchmarks import evaluation
 from sb3_mismatch.benchmarks.__main__ import main
-from sb3_mismatch.benchmarks.cells import Cell, prepare
-from sb3_mismatch.benchmarks.evaluation import Evaluation, EvaluationCallback
+from sb3_mismatch.benchmarks.cells import EVALUATION_SEED, Cell, prepare
+from sb3_mismatch.benchmarks.evaluation import EvaluationCallback, global_randomness_kept
 from sb3_mismatch.benchmarks.report import Run, interquartile_mean
+from sb3_mismatch.benchmarks.tables import ALGORITHMS
 
-COMMAND = [sys.executable, "-m", "sb3_mismatch.benchmarks"]
-LEARN = ["learn", "--suite", "smoke", "--algos", "sac", "--set", "policy_kwargs={'net_arch': [16]}", "--label", "small"]
+COMMAND = [sys.executable, "-m", "sb3_mismatch.benchmarks"]  # Once; after that main(), which starts faster.
+LEARN = ["learn", "--suite", "smoke", "--algos", "sac", "--set", "policy_kwargs={'net_arch': [16]}"]
 
 
 def read(path: Path) -> list[list[str]]:
@@ -31,15 +36,19 @@ def read(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def small_sac(**settings: Any) -> SAC:
-    return SAC("MlpPolicy", "Pendulum-v1", seed=0, policy_kwargs={"net_arch": [16]}, device="cpu", **settings)
+def small_sac(seed: int = 0, **settings: Any) -> SAC:
+    return SAC("MlpPolicy", "Pendulum-v1", seed=seed, policy_kwargs={"net_arch": [16]}, device="cpu", **settings)
+
+
+def draw_from_global_streams() -> tuple[float, float, float]:
+    return random.random(), np.random.rand(), th.rand(1).item()
 
 
 class GreedyForRandomness(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that draws from every global stream."""
 
     def step(self, action: Any) -> Any:
-        random.random(), np.random.rand(), th.rand(1)
+        draw_from_global_streams()
         return self.env.step(action)
 
 
@@ -51,6 +60,18 @@ def test_evaluation_changes_nothing_in_training() -> None:
     evaluated, alone = weights(callback), weights(None)
     assert [row.steps for row in callback.rows] == [30, 60, 90, 100]
     assert all(th.equal(evaluated[name], alone[name]) for name in alone)
+
+
+def test_global_randomness_is_kept() -> None:
+    def draws(between: bool) -> list[tuple[float, float, float]]:
+        set_random_seed(0)
+        first = draw_from_global_streams()
+        if between:
+            with global_randomness_kept(th.device("cpu")):
+                draw_from_global_streams()
+        return [first, draw_from_global_streams()]
+
+    assert draws(between=True) == draws(between=False)
 
 
 def test_evaluations_play_the_same_starts_and_the_last_one_sees_the_last_update() -> None:
@@ -78,9 +99,21 @@ def test_seconds_leave_evaluations_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert callback.rows[-1][2:] == (2.0, 1.0)
 
 
-def test_learn_twice_and_report(tmp_path: Path) -> None:
-    learn = [*COMMAND, *LEARN, "--out", str(tmp_path), "--jobs", "2", "--seeds", "0", "1"]
-    subprocess.run(learn, check=True)
+def test_learn_twice_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learn = [
+        *LEARN,
+        "learning_starts=250",
+        "--label",
+        "small",
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "1",
+        "--jobs",
+        "2",
+    ]
+    subprocess.run([*COMMAND, *learn], check=True)
     folder = tmp_path / "Pendulum-v1" / "small"
     assert sorted(path.name for path in folder.iterdir()) == ["seed0.csv", "seed0.json", "seed1.csv", "seed1.json"]
     head, *rows = read(folder / "seed0.csv")
@@ -89,14 +122,16 @@ def test_learn_twice_and_report(tmp_path: Path) -> None:
     seconds = [float(row[1]) for row in rows]
     assert 0 < seconds[0] < seconds[1] < seconds[2]
     assert all(-2000 < float(row[2]) < 0 < float(row[3]) for row in rows)  # Pendulum's returns.
-    assert rows != read(folder / "seed1.csv")[1:]
+    by_hand = EvaluationCallback("Pendulum-v1", every=100, seed=EVALUATION_SEED + 1)
+    small_sac(seed=1).learn(100, callback=by_hand)
+    np.testing.assert_allclose([float(value) for value in read(folder / "seed1.csv")[1][2:]], by_hand.rows[0][2:])
     record = json.loads((folder / "seed0.json").read_text())
-    assert record["cell"]["settings"] == ["policy_kwargs={'net_arch': [16]}"]
+    assert record["cell"]["settings"] == ["policy_kwargs={'net_arch': [16]}", "learning_starts=250"]
     assert record["ran_on"]["torch"] == th.__version__
 
     written = (folder / "seed0.csv").stat().st_mtime_ns
-    again = subprocess.run(learn, check=True, capture_output=True, text=True)
-    assert "2 of them finished before" in again.stdout
+    assert main(learn) == 0
+    assert "2 of them finished before" in capsys.readouterr().out
     assert (folder / "seed0.csv").stat().st_mtime_ns == written
 
     (folder / "seed1.csv").rename(folder / "seed1.partial.csv")
@@ -110,11 +145,11 @@ def test_learn_twice_and_report(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_starts_again(tmp_path: Path) -> None:
-    learn = [*COMMAND, *LEARN, "--out", str(tmp_path)]
+    learn = [*LEARN, "--label", "small", "--out", str(tmp_path)]
     folder = tmp_path / "Pendulum-v1" / "small"
     partial, final = folder / "seed0.partial.csv", folder / "seed0.csv"
-    process = subprocess.Popen(learn)
-    deadline = time.monotonic() + 30
+    process = subprocess.Popen([*COMMAND, *learn])
+    deadline = time.monotonic() + 120
     while not (partial.exists() and len(read(partial)) > 1):
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -127,17 +162,17 @@ def test_an_interrupted_run_starts_again(tmp_path: Path) -> None:
     assert read(partial) == kept  # Its run ended with it.
     assert not final.exists()
 
-    subprocess.run(learn, check=True)
+    assert main(learn) == 0
     assert [row[0] for row in read(final)] == ["steps", "100", "200", "300"]
     assert not partial.exists()
 
 
-def test_a_failing_cell_fails_alone(tmp_path: Path) -> None:
-    learn = [*COMMAND, "learn", "--suite", "smoke", "--algos", "sac", "--out", str(tmp_path)]
-    wrong = subprocess.run([*learn, "--set", "no_such=1", "--label", "wrong"], capture_output=True, text=True)
-    assert wrong.returncode == 1
-    assert "no_such" in wrong.stderr
-    assert wrong.stderr.endswith("failed: Pendulum-v1 wrong seed 0\n")
+def test_a_failed_run_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--suite", "smoke", "--algos", "sac", "--set", "no_such=1", "--label", "wrong", "--out", str(tmp_path)]
+    assert main(["learn", *arguments]) == 1
+    error = capfd.readouterr().err
+    assert "unexpected keyword argument 'no_such'" in error
+    assert error.endswith("failed: Pendulum-v1 wrong seed 0\n")
     assert main(["report", "--out", str(tmp_path)]) == 0
     assert "wrong seed 0: stands at 0 of 300 steps" in (tmp_path / "report.md").read_text()
 
@@ -186,5 +221,19 @@ def test_bad_values_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "holds no runs" in capsys.readouterr().err
 
 
-def test_evaluation_is_a_row() -> None:
-    assert Evaluation._fields == ("steps", "seconds", "mean", "std")
+def test_every_algorithm_takes_a_cell() -> None:
+    for algorithm in ALGORITHMS.values():
+        cls, settings = algorithm.load()
+        assert issubclass(cls, OffPolicyAlgorithm)
+        inspect.signature(cls).bind("MlpPolicy", "Pendulum-v1", seed=0, **settings)
+    assert ALGORITHMS["sac-utd"].load()[1]["gradient_steps"] == MnM("MlpPolicy", "Pendulum-v1").gradient_steps
+
+
+def test_quickstart_runs(tmp_path: Path) -> None:
+    quickstart = Path(__file__).parents[1] / "examples" / "quickstart.py"
+    command = [sys.executable, str(quickstart), "--steps", "200"]
+    output = subprocess.run(command, check=True, cwd=tmp_path, stdout=subprocess.PIPE, encoding="utf-8").stdout
+    assert "mean return over 10 episodes: " in output
+    for name in ("mnm.zip", "learning_curve.png"):
+        assert (tmp_path / "quickstart" / name).stat().st_size > 0
+        assert str(tmp_path / "quickstart" / name) in output
