@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
     def forward(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """Logit of being real, (..., 1)."""
-        x = self.inputs(self.features(observations, actions, next_observations))
+        x = self.inputs.transform(self.features(observations, actions, next_observations))
         if self.training and self.input_noise > 0:
             x = x + self.input_noise * th.randn_like(x)
         logits: th.Tensor = self.net(x)
@@ -71,4 +71,5 @@ class Classifier(nn.Module):
     def log_ratio(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """log C/(1-C), the estimate of log p/q, clipped: (..., 1). Positive where the transition looks real."""
         limit = self.max_log_ratio
-        return self(observations, actions, next_observations).clamp(-limit, limit)
+        logits: th.Tensor = self(observations, actions, next_observations)
+        return logits.clamp(-limit, limit)

@@ -80,7 +80,7 @@ class Standardizer(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(th.where(std > 1e-6 * (1 + mean.abs()), std, th.ones_like(std)))
 
-    def forward(self, x: th.Tensor) -> th.Tensor:
+    def transform(self, x: th.Tensor) -> th.Tensor:
         """(..., dim) -> (..., dim)."""
         return (x - self.mean) / self.std
 
@@ -135,6 +135,8 @@ class Dynamics(nn.Module):
         self.max_log_var = nn.Parameter(th.full((n_members, 1, n_targets), 0.5))
         self.min_log_var = nn.Parameter(th.full((n_members, 1, n_targets), -10.0))
         self.end = EnsembleMLP(n_members, 2 * obs_dim + action_dim, end_arch, 1)
+        # Ends are rare: heads that have learned little say no.
+        nn.init.constant_(self.end.layers[-1].bias, -4.0)  # type: ignore[arg-type]
         # Floats, as every tensor of a state dict here: SB3's own tests overwrite them with random numbers.
         self.register_buffer("holdout_error", th.zeros(n_members))
         # The range of the targets' raw quantities (s', r), which imagination does not leave.
@@ -148,7 +150,7 @@ class Dynamics(nn.Module):
 
     def forward(self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None) -> Gaussian:
         """(K, N, obs_dim), (K, N, action_dim) -> standardised targets' distribution."""
-        x = self.inputs(th.cat([observations, actions], dim=-1))
+        x = self.inputs.transform(th.cat([observations, actions], dim=-1))
         mean, log_var = self.body(x, members).chunk(2, dim=-1)
         high = self.max_log_var if members is None else self.max_log_var[members]
         low = self.min_log_var if members is None else self.min_log_var[members]
@@ -180,16 +182,18 @@ class Dynamics(nn.Module):
         members: th.Tensor | None = None,
     ) -> th.Tensor:
         """-log q(s', r | s, a) of the standardised targets in nats, up to ½ log 2π per dimension: (K, N)."""
-        mean, log_var = self(observations, actions, members)
-        targets = self.targets(self.raw_targets(observations, next_observations, rewards))
+        predicted: Gaussian = self(observations, actions, members)
+        mean, log_var = predicted
+        targets = self.targets.transform(self.raw_targets(observations, next_observations, rewards))
         return 0.5 * ((mean - targets).square() * (-log_var).exp() + log_var).sum(dim=-1)
 
     def squared_error(
         self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
     ) -> th.Tensor:
         """Mean squared error of each member's mean in standardised units, per target: (E, obs_dim + 1)."""
-        targets = self.targets(self.raw_targets(observations, next_observations, rewards))
-        return (self(observations, actions).mean - targets).square().mean(dim=1)
+        targets = self.targets.transform(self.raw_targets(observations, next_observations, rewards))
+        predicted: Gaussian = self(observations, actions)
+        return (predicted.mean - targets).square().mean(dim=1)
 
     def log_var_penalty(self) -> th.Tensor:
         """What draws the learned bounds of the log-variances together (PETS): (E,)."""
@@ -203,13 +207,13 @@ class Dynamics(nn.Module):
         members: th.Tensor | None = None,
     ) -> th.Tensor:
         """Logit of the episode's end at s', (K, N, 1)."""
-        inputs = self.inputs(th.cat([observations, actions], dim=-1))
-        return self.end(th.cat([inputs, self.next_observations(next_observations)], dim=-1), members)  # type: ignore[no-any-return]
+        inputs = self.inputs.transform(th.cat([observations, actions], dim=-1))
+        return self.end(th.cat([inputs, self.next_observations.transform(next_observations)], dim=-1), members)  # type: ignore[no-any-return]
 
     def end_probability(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """Mean over the elites of the probability that the episode ends at s': (N, .) -> (N, 1)."""
-        stacked = (x.expand(self.n_elites, *x.shape) for x in (observations, actions, next_observations))
-        return self.end_logits(*stacked, self.elites).sigmoid().mean(dim=0)
+        rows = [x.expand(self.n_elites, *x.shape) for x in (observations, actions, next_observations)]
+        return self.end_logits(rows[0], rows[1], rows[2], self.elites).sigmoid().mean(dim=0)
 
     def rsample(
         self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None
@@ -241,7 +245,8 @@ class Dynamics(nn.Module):
     def disagreement(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """Standard deviation over members of the standardised means, averaged over targets: (N, .) -> (N, 1)."""
         stacked = [x.expand(self.n_members, *x.shape) for x in (observations, actions)]
-        return self(*stacked).mean.std(dim=0).mean(dim=-1, keepdim=True)
+        predicted: Gaussian = self(*stacked)
+        return predicted.mean.std(dim=0).mean(dim=-1, keepdim=True)
 
     def parameter_groups(self, weight_decay: Sequence[float]) -> list[dict[str, object]]:
         """

@@ -52,7 +52,8 @@ class Terms:
     @cached_property
     def log_ratio(self) -> th.Tensor:
         """log C/(1-C): (E,). Not clipped: where the classifier is sure, the dynamics need its gradient most."""
-        return self._row.adversarial_weight * self._classifier(*self._drawn).mean(dim=(1, 2))
+        logits: th.Tensor = self._classifier(*self._drawn)
+        return self._row.adversarial_weight * logits.mean(dim=(1, 2))
 
     @cached_property
     def value(self) -> th.Tensor:
@@ -193,8 +194,8 @@ def fit_dynamics(
 
     if not best_body.error.isfinite().all():
         raise ValueError(
-            "the dynamics' holdout error is not finite: lower dynamics_kwargs['learning_rate'], or scale the observations "
-            "and rewards"
+            "the dynamics' holdout error is not finite: lower dynamics_kwargs['learning_rate'], or scale the "
+            "observations and rewards"
         )
     dynamics.holdout_error.copy_(best_body.error)
     with th.no_grad():

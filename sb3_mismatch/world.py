@@ -32,6 +32,9 @@ class World:
     :raises ValueError: for a space or a setting that cannot be served
     """
 
+    dynamics: Dynamics
+    classifier: Classifier
+
     #: the parts with a state dict, by the names under which they are saved
     parts = ("dynamics", "classifier", "dynamics_optimizer", "classifier_optimizer")
 

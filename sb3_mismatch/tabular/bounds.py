@@ -10,7 +10,7 @@ occupancies, found by sparse linear solves, and all read value = reward - mismat
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -137,7 +137,7 @@ def bound_weighted(
     :param weights: w, a distribution over the horizons 0, 1, ..., shape (horizons,)
     """
     w = _check_weights(weights)
-    log_reward, spent = horizon_terms(mdp, policy, q, len(w))
+    log_reward, spent = horizon_terms(mdp, itertools.islice(steps(mdp, policy, q), len(w)))
     return _weighted(mdp.gamma, log_reward, spent, w)
 
 
@@ -153,7 +153,7 @@ def bound_horizon(
     :param q: q, or a list with q_t of each step
     :param horizons: how many horizons to sum; None: so many that the rest is below 1e-12 of the whole
     """
-    log_reward, spent = horizon_terms(mdp, policy, q, horizons or default_horizons(mdp))
+    log_reward, spent = horizon_terms(mdp, itertools.islice(steps(mdp, policy, q), horizons or default_horizons(mdp)))
     w = softmax(np.arange(len(spent)) * math.log(mdp.gamma) + log_reward - spent)
     return _weighted(mdp.gamma, log_reward, spent, w)
 
@@ -170,40 +170,36 @@ def default_horizons(mdp: FiniteMDP) -> int:
     return math.ceil(tail / math.log(mdp.gamma))
 
 
-def horizon_terms(
-    mdp: FiniteMDP, policy: npt.ArrayLike, q: npt.ArrayLike | Dynamics | Sequence[Dynamics], horizons: int
-) -> tuple[Array, Array]:
-    """E_q log r_T and Σ_{t<T} K_t for T = 0, 1, ..., horizons - 1. Shapes (horizons,)."""
-    mdp.require_state_rewards("a bound over horizons")
-    log_r = mdp.log_reward
-    here, log_reward, paid = mdp.start, [], []
-    for step in itertools.islice(_steps(mdp, policy, q), horizons):
-        pairs = here[:, None] * step.policy
-        log_reward.append(expectation(pairs, log_r))
-        paid.append(expectation(pairs, step.kl))
-        here = here @ step.transition
-    return np.array(log_reward), np.concatenate([[0.0], np.cumsum(paid[:-1])])
-
-
-class _Step(NamedTuple):
-    """One step: π (S, A), the chain's matrix (S, S), and KL(q‖p) (S, A)."""
+class Step(NamedTuple):
+    """One step of imagination: π (S, A), q (S*A, S), and KL(q‖p) (S, A)."""
 
     policy: Array
-    transition: Dynamics
+    q: Dynamics
     kl: Array
 
 
-def _steps(mdp: FiniteMDP, policy: Any, q: Any) -> Iterator[_Step]:
-    def step(policy: Array, q: Dynamics) -> _Step:
-        return _Step(policy, chain(policy, q, 1.0), kl(q, mdp.p))
-
+def steps(mdp: FiniteMDP, policy: Any, q: Any) -> Iterator[Step]:
+    """π_t and q_t step by step; for ever, when q is not a list."""
     if isinstance(q, list):
         policies = policy if np.ndim(policy) == 3 else itertools.repeat(policy)
-        return (
-            step(mdp.checked_policy(policy_t), mdp.checked_dynamics(q_t))
-            for policy_t, q_t in zip(policies, q, strict=False)
+        return itertools.chain.from_iterable(
+            itertools.islice(steps(mdp, policy_t, q_t), 1) for policy_t, q_t in zip(policies, q, strict=False)
         )
-    return itertools.repeat(step(mdp.checked_policy(policy), mdp.checked_dynamics(q)))
+    q = mdp.checked_dynamics(q)
+    return itertools.repeat(Step(mdp.checked_policy(policy), q, kl(q, mdp.p)))
+
+
+def horizon_terms(mdp: FiniteMDP, steps: Iterable[Step]) -> tuple[Array, Array]:
+    """E_q log r_T and Σ_{t<T} K_t at each step T. Shapes (horizons,)."""
+    mdp.require_state_rewards("a bound over horizons")
+    log_r, here = mdp.log_reward, mdp.start
+    log_reward, paid = [], [0.0]
+    for step in steps:
+        pairs = here[:, None] * step.policy
+        log_reward.append(expectation(pairs, log_r))
+        paid.append(expectation(pairs, step.kl))
+        here = pairs.ravel() @ step.q
+    return np.array(log_reward), np.cumsum(paid[:-1])
 
 
 class ClosedLoop(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import entr, logsumexp, rel_entr
 
-from sb3_mismatch.tabular.bounds import ClosedLoop, default_horizons, evaluate, horizon_terms, kl, tilt
+from sb3_mismatch.tabular.bounds import ClosedLoop, Step, default_horizons, evaluate, horizon_terms, kl, tilt
 from sb3_mismatch.tabular.mdp import Array, Dynamics, FiniteMDP, entries
 
 
@@ -229,24 +229,23 @@ def plan_horizon(
     """
     mdp.require_state_rewards("plan_horizon")
     pi = None if policy is None else mdp.checked_policy(policy)
-    steps = np.arange(horizons or default_horizons(mdp))
-    logits, value = steps * math.log(mdp.gamma), -math.inf
+    discounts = np.arange(horizons or default_horizons(mdp)) * math.log(mdp.gamma)
+    log_r, logits, value = mdp.log_reward, discounts, -math.inf
     while True:
         log_left = np.logaddexp.accumulate(logits[::-1])[::-1]  # log Σ_{T>=t} w_T
-        policies, dynamics = [], []
-        W = np.zeros(mdp.n_states)
+        W, steps = np.zeros(mdp.n_states), []
         for stop in np.exp(logits - log_left)[::-1]:
             q, looked_ahead = tilt(mdp.p, W)
-            Q = stop * mdp.log_reward + (1 - stop) * looked_ahead
-            policies.append(greedy(Q) if pi is None else pi)
-            dynamics.append(q)
-            W = (policies[-1] * Q).sum(axis=1)
-        policies, dynamics = policies[::-1], dynamics[::-1]
+            Q = stop * log_r + (1 - stop) * looked_ahead
+            policy_t = greedy(Q) if pi is None else pi
+            steps.append(Step(policy_t, q, (q @ W).reshape(Q.shape) - looked_ahead))  # log q/p = W - log E_p e^W
+            W = (policy_t * Q).sum(axis=1)
+        steps.reverse()
         weights = np.exp(logits - log_left[0])
-        log_reward, spent = horizon_terms(mdp, np.array(policies), dynamics, len(steps))
-        logits = steps * math.log(mdp.gamma) + log_reward - spent
-        risen, value = -value, float(np.logaddexp.reduce(logits))
-        yield HorizonPlan(np.array(policies), dynamics, weights, value, value + risen)
+        log_reward, spent = horizon_terms(mdp, steps)
+        logits = discounts + log_reward - spent
+        before, value = value, float(np.logaddexp.reduce(logits))
+        yield HorizonPlan(np.array([s.policy for s in steps]), [s.q for s in steps], weights, value, value - before)
 
 
 class ClosedPlan(NamedTuple):
