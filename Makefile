@@ -8,12 +8,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Without --no-compile pip compiles every module of every package, which takes as long as the rest of the install.
-INSTALL := $(PIP) install --no-compile --constraint constraints.txt --editable
+INSTALL := $(PIP) install --prefer-binary --no-compile --constraint constraints.txt --editable
 # The networks are small: more threads only get in each other's way.
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 unexport PYTHONDONTWRITEBYTECODE
 
+.NOTPARALLEL:
 .PHONY: quickstart test lint docs constraints clean
 
 quickstart: $(VENV)/.base
@@ -23,7 +24,7 @@ test: lint
 	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4
 
 lint: $(VENV)/.tests
-	$(BIN)/ruff check --quiet
+	$(BIN)/ruff check --quiet --output-format concise
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy --strict --no-error-summary
 
