@@ -396,11 +396,11 @@ def test_a_60x60_grid_takes_seconds() -> None:
     mdp = big_grid(60)
     q, _ = tilt(mdp.p, np.arange(mdp.n_states) / mdp.n_states)
     policy = mdp.uniform()
-    began = time.perf_counter()
+    began = time.process_time()
     chain = [f(mdp, policy, q).value for f in (bound_1, bound_gamma, bound_horizon)]
     chain += [bound_closed_loop(mdp, policy, doob(mdp, policy)).value]
     assert vmbpo_objective(mdp, policy, q).value < math.exp(chain[-1]) * 2
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert chain == sorted(chain)
     assert chain[-1] == pytest.approx(log_return(mdp, policy), abs=1e-9)
 
