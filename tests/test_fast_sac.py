@@ -95,5 +95,5 @@ def test_learning_rate_zero_freezes_the_critic():
 def test_a_loss_that_is_not_finite_is_told():
     model = FastSAC("MlpPolicy", environments(1), **sac_settings()).learn(60)
     model.replay_buffer.rewards[:] = np.nan
-    with pytest.raises(ValueError, match="train/critic_loss is nan .* diverged; lower learning_rate"):
+    with pytest.raises(ValueError, match=r"train/critic_loss is nan .* diverged; lower learning_rate"):
         model.train(gradient_steps=1)
