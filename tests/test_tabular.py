@@ -270,6 +270,7 @@ good = np.full((2, 3, 2), 0.5), np.ones((2, 3))
         (lambda: bound_1(FiniteMDP(*good, 0.9), np.ones((2, 3)) / 3, np.ones((1, 6, 1))), r"q has shape \(6, 1\)"),
         (lambda: bound_gamma(FiniteMDP(good[0], good[0], 0.9), np.ones((2, 3)) / 3, good[0]), r"use mdp.averaged\(\)"),
         (lambda: bound_weighted(FiniteMDP(*good, 0.9), np.ones((2, 3)) / 3, good[0], [1.0, 1.0]), "weights is a"),
+        (lambda: bound_weighted(FiniteMDP(*good, 0.9), np.ones((2, 3)) / 3, [good[0]], [0.5, 0.5]), "q has 1 steps"),
         (lambda: gridworld(np.zeros(3), (0, 0), 1, 2, 0.5), r"walls has shape \(3,\)"),
         (lambda: gridworld(np.zeros((3, 3)), (0, 0), 1, 2, 1.5), "noise=1.5 is a probability"),
         (lambda: block_average(figure_2b().p, (15, 15), 4), "block=4 does not divide"),

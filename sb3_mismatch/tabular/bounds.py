@@ -120,24 +120,22 @@ def bound_gamma(mdp: FiniteMDP, policy: npt.ArrayLike, q: npt.ArrayLike | Dynami
     return Bound(b.reward, mdp.gamma * b.mismatch, b.horizon)
 
 
-def _check_weights(weights: npt.ArrayLike) -> Array:
-    w = np.asarray(weights, dtype=float)
-    if w.ndim != 1 or not (w >= 0).all() or not np.isclose(w.sum(), 1):
-        raise ValueError("weights is a distribution over the horizons 0, 1, ...: divide it by its sum")
-    return w
-
-
 def bound_weighted(
     mdp: FiniteMDP, policy: npt.ArrayLike, q: npt.ArrayLike | Dynamics | Sequence[Dynamics], weights: npt.ArrayLike
 ) -> HorizonBound:
     """J(w, q) = Σ_T w_T ( T log γ - log w_T + E_q log r_T - Σ_{t<T} K_t ). For r(s,a).
 
-    :param policy: π, (S, A), or π_t of each step, (horizons, S, A)
+    :param policy: π, (S, A), or with a list of dynamics π_t of each step, (horizons, S, A)
     :param q: q, or a list with q_t of each step
     :param weights: w, a distribution over the horizons 0, 1, ..., shape (horizons,)
+    :raises ValueError: when weights is no distribution, or longer than the list of dynamics
     """
-    w = _check_weights(weights)
+    w = np.asarray(weights, dtype=float)
+    if w.ndim != 1 or not (w >= 0).all() or not np.isclose(w.sum(), 1):
+        raise ValueError("weights is a distribution over the horizons 0, 1, ...: divide it by its sum")
     log_reward, spent = horizon_terms(mdp, itertools.islice(steps(mdp, policy, q), len(w)))
+    if len(spent) < len(w):
+        raise ValueError(f"weights has {len(w)} horizons and q has {len(spent)} steps: give q_t for each of them")
     return _weighted(mdp.gamma, log_reward, spent, w)
 
 
@@ -149,7 +147,7 @@ def bound_horizon(
 ) -> HorizonBound:
     """B_hor = max_w J(w, q) = logsumexp_T [ T log γ + E_q log r_T - Σ_{t<T} K_t ], at w* = softmax. For r(s,a).
 
-    :param policy: π, (S, A), or π_t of each step, (horizons, S, A)
+    :param policy: π, (S, A), or with a list of dynamics π_t of each step, (horizons, S, A)
     :param q: q, or a list with q_t of each step
     :param horizons: how many horizons to sum; None: so many that the rest is below 1e-12 of the whole
     """
@@ -180,13 +178,12 @@ class Step(NamedTuple):
 
 def steps(mdp: FiniteMDP, policy: Any, q: Any) -> Iterator[Step]:
     """π_t and q_t step by step; for ever, when q is not a list."""
-    if isinstance(q, list):
-        policies = policy if np.ndim(policy) == 3 else itertools.repeat(policy)
-        return itertools.chain.from_iterable(
-            itertools.islice(steps(mdp, policy_t, q_t), 1) for policy_t, q_t in zip(policies, q, strict=False)
-        )
-    q = mdp.checked_dynamics(q)
-    return itertools.repeat(Step(mdp.checked_policy(policy), q, kl(q, mdp.p)))
+    if not isinstance(q, list):
+        q = mdp.checked_dynamics(q)
+        yield from itertools.repeat(Step(mdp.checked_policy(policy), q, kl(q, mdp.p)))
+    policies = policy if np.ndim(policy) == 3 else itertools.repeat(policy)
+    for policy_t, q_t in zip(policies, q, strict=False):
+        yield next(steps(mdp, policy_t, q_t))
 
 
 def horizon_terms(mdp: FiniteMDP, steps: Iterable[Step]) -> tuple[Array, Array]:
