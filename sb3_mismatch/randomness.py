@@ -22,13 +22,13 @@ class RandomStreams:
     so that a seed gives the policy and the environment the same draws with a learned world beside them or without.
 
     :param device: where the world's tensors live
-    :param seed: seed of the streams; ``None`` derives one from NumPy's global generator without advancing it
+    :param seed: seed of the streams; ``None`` derives one from torch's global generator without advancing it
     """
 
     def __init__(self, device: th.device, seed: int | None = None) -> None:
         self.device = device
         if seed is None:
-            seed = _peek_numpy_seed()
+            seed = _peek_seed()
         # The world's streams must differ from the policy's, which start from the bare seed.
         child = int(np.random.SeedSequence([seed, len("world")]).generate_state(1)[0])
         self._state = StreamState(
@@ -80,7 +80,8 @@ class RandomStreams:
         )
 
 
-def _peek_numpy_seed() -> int:
-    twin = np.random.RandomState()
-    twin.set_state(np.random.get_state())
-    return int(twin.randint(2**31))
+def _peek_seed() -> int:
+    """A number that follows from where torch's global generator stands, which it leaves there."""
+    twin = th.Generator()
+    twin.set_state(th.get_rng_state())
+    return int(th.randint(2**31, (), generator=twin))

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -39,7 +40,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
     if not isinstance(horizon, list | tuple):
         check_count("horizon", horizon)
-    elif len(horizon) != 4 or min(horizon[2:]) < 1 or horizon[0] > horizon[1]:
+    elif len(horizon) != 4 or not all(map(is_number, horizon)) or min(horizon[2:]) < 1 or not horizon[0] <= horizon[1]:
         raise ValueError(
             f"horizon={horizon!r} must be a number of at least 1, or a schedule "
             "[first_step, last_step, first_horizon, last_horizon] with rising steps and horizons of at least 1"
@@ -47,7 +48,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in WEIGHTS:
         if settings[name] is not None:
             check_number(name, settings[name], 0, math.inf)
-    if settings["reward_shift"] != "auto":
+    if isinstance(settings["reward_shift"], str):
+        if settings["reward_shift"] != "auto":
+            raise ValueError(f"reward_shift={settings['reward_shift']!r} must be a number or 'auto'")
+    else:
         check_number("reward_shift", settings["reward_shift"], -math.inf, math.inf)
     check_number("reward_floor", settings["reward_floor"], 1e-30, math.inf)
     for name in FUNCTIONS:
@@ -69,16 +73,21 @@ def check_replay_buffer(kind: type | None) -> None:
 
 def check_count(name: str, value: Any) -> None:
     """A whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """A number from ``low`` to ``high``."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    """A finite number from ``low`` to ``high``."""
+    if not is_number(value):
         raise TypeError(f"{name}={value!r} must be a number")
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value!r} must lie between {low} and {high}")
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r} must be finite and lie between {low} and {high}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def joined_signature(cls: type, mixin: type, base_defaults: Mapping[str, Any]) -> inspect.Signature:

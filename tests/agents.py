@@ -88,9 +88,10 @@ def weights(model: BaseAlgorithm) -> th.Tensor:
 
 
 def all_finite(model: Any) -> bool:
-    """Whether every tensor of every network is finite."""
-    modules = [model.policy, model.world.dynamics, model.world.classifier]
-    return all(value.isfinite().all() for module in modules for value in module.state_dict().values())
+    """Whether every tensor of the policy is finite, and every weight of the world."""
+    modules = [model.world.dynamics, model.world.classifier]
+    weights = [*model.policy.state_dict().values(), *(p for module in modules for p in module.parameters())]
+    return all(tensor.isfinite().all() for tensor in weights)
 
 
 class BoxEnv(gym.Env):
