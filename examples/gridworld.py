@@ -123,8 +123,9 @@ def figure_2a_divergence(do: Settings) -> None:
     for label, largest_step, color in (("as in the paper", math.inf, "C3"), ("step capped at 1", 1.0, "C0")):
         states = tb.learn(mdp, "mnm", seeds=seeds, largest_step=largest_step)
         states = tqdm(itertools.islice(states, do.long_iterations), label, do.long_iterations, leave=False)
-        with np.errstate(all="ignore"):  # a diverging Q leaves the floats
+        with np.errstate(all="ignore"):  # a diverging Q leaves the floats, then the figure
             largest = np.array([abs(Q).max(axis=(1, 2)) for Q in itertools.islice(states, 0, None, 20)])
+        largest[~(largest < 1e30)] = math.nan
         iterations = 20 * np.arange(len(largest))
         rows += [(label, int(i), *values) for i, values in zip(iterations, largest.tolist(), strict=True)]
         axes.semilogy(iterations, largest, color=color, lw=1, label=[label, *"_" * (len(seeds) - 1)])
