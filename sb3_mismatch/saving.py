@@ -1,25 +1,34 @@
 """
 The zip: SAC's members, and the learned world beside them.
 
-``SAC.load`` reads every ``*.pth`` member as a part of SAC and stops at one that it does not know, so the world's
-members are named ``world/*.pt``. Nothing of this package is pickled into ``data``.
+``SAC.load`` reads every ``*.pth`` member as a part of SAC and stops at one that it does not know, and it unpickles all
+of ``data``. So the world's members are named ``world/*.pt``, and a user's objective and functions, which may need this
+package or the user's, are pickled as ``world/*.pkl``.
 """
 
 import io
 import pathlib
 import zipfile
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
+import cloudpickle
 import torch as th
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import TensorDict
+from stable_baselines3.common.utils import get_device
 
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.world import World
 
 SelfSavedWithWorld = TypeVar("SelfSavedWithWorld", bound="SavedWithWorld")
+
+Path = str | pathlib.Path | io.BufferedIOBase
+
+#: settings that may be objects of the user's; names and numbers among them stay in ``data``
+PICKLED = ("objective", "termination_fn", "reward_fn")
 
 _STATE = "world/state.pt"
 
@@ -31,31 +40,30 @@ class SavedWithWorld(OffPolicyAlgorithm):
     _streams: RandomStreams
     _fitted_at: int | None
 
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
+    def save(self, path: Path, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """
         SB3's ``save``. The base algorithm's ``load`` opens the zip too and ignores the world in it.
 
         :param exclude: as in SB3; ``["world"]`` leaves the world out
         """
         exclude = list(exclude or [])
+        settings = {name: getattr(self, name) for name in PICKLED if name not in exclude}
+        pickled = {name: value for name, value in settings.items() if not isinstance(value, str | None)}
+        members = {f"world/{name}.pkl": cloudpickle.dumps(value) for name, value in pickled.items()}
+        if "world" not in exclude:
+            buffer = io.BytesIO()
+            th.save({"streams": self._streams.state_dict()}, buffer)
+            members[_STATE] = buffer.getvalue()
         archive = io.BytesIO()
-        super().save(archive, exclude, include)
-        state = None if "world" in exclude else {"streams": self._streams.state_dict()}
-        contents = _set_world_apart(archive, state)
-        file = open_path(path, "w", verbose=0, suffix="zip")
-        file.write(contents)
-        if isinstance(path, str | pathlib.Path):
-            file.close()
+        super().save(archive, [*exclude, *pickled], include)
+        contents = _set_world_apart(archive, members)
+        with _opened(path, "w") as file:
+            file.write(contents)
 
     @classmethod
     def load(
         cls: type[SelfSavedWithWorld],
-        path: str | pathlib.Path | io.BufferedIOBase,
+        path: Path,
         env: Any = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
@@ -63,30 +71,50 @@ class SavedWithWorld(OffPolicyAlgorithm):
         force_reset: bool = True,
         **kwargs: Any,
     ) -> SelfSavedWithWorld:
-        """SB3's ``load``. From a zip without a world, SAC's for instance, the world starts untrained."""
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-        file = open_path(path, "r", verbose=0, suffix="zip")
-        file.seek(0)
-        parameters, state = _read_world(file, model.device)
-        if isinstance(path, str | pathlib.Path):
-            file.close()
-        if state is None:
+        """
+        SB3's ``load``. From a zip without a world, SAC's for instance, the world starts untrained.
+
+        :raises ValueError: when a setting in ``kwargs`` asks for other networks than those in the zip
+        """
+        with _opened(path, "r") as file:
+            saved = _read_world(file, get_device(device))
+        replaced = {name: value for name, value in (custom_objects or {}).items() if name in PICKLED}
+        settings = saved.settings(skip={*replaced, *kwargs})
+        try:
+            model = super().load(
+                path, env, device, custom_objects, print_system_info, force_reset, **{**settings, **replaced, **kwargs}
+            )
+            model.set_parameters({**model.get_parameters(), **saved.parameters})  # type: ignore[dict-item]
+        except (AttributeError, KeyError, RuntimeError) as error:
+            if not kwargs:
+                raise
+            changed = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+            raise ValueError(
+                f"{cls.__name__}.load got {changed}, of which something does not fit the networks in the zip: leave it "
+                f"out, or start a new {cls.__name__} and pass get_parameters() of the old one to set_parameters()"
+            ) from error
+        if saved.state is None:
             model._fitted_at = None
             if model.verbose >= 1:
                 print(f"No learned world in {path}: it starts untrained")
         else:
-            model.set_parameters(parameters, exact_match=False)
-            model._streams.load_state_dict(state["streams"])
+            model._streams.load_state_dict(saved.state["streams"])
         return model
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """SB3's ``set_parameters``. Parameters that hold nothing of the world leave it as it is."""
-        if isinstance(load_path_or_dict, dict) and not any(name.startswith("world.") for name in load_path_or_dict):
+        if isinstance(load_path_or_dict, dict):
+            parameters: dict[str, Any] = load_path_or_dict
+        else:
+            with _opened(load_path_or_dict, "r") as file:
+                world = _read_world(file, get_device(device)).parameters
+            parameters = {**world, **load_from_zip_file(load_path_or_dict, load_data=False, device=device)[1]}
+        if not any(name.startswith("world.") for name in parameters):
             world = {name: value for name, value in self.get_parameters().items() if name.startswith("world.")}
-            load_path_or_dict = {**world, **load_path_or_dict}  # type: ignore[dict-item]
-        super().set_parameters(load_path_or_dict, exact_match, device)
+            parameters = {**world, **parameters}
+        super().set_parameters(parameters, exact_match, device)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
@@ -96,32 +124,69 @@ class SavedWithWorld(OffPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_streams"]
 
 
-def _set_world_apart(archive: io.BytesIO, state: Mapping[str, Any] | None) -> bytes:
+class _SavedWorld(NamedTuple):
+    """
+    What a zip holds beside the base algorithm.
+
+    :param parameters: the world's state dicts by the names of ``get_parameters``
+    :param state: where its streams stood; ``None`` where there is no world
+    :param pickles: settings, pickled, by name
+    """
+
+    parameters: dict[str, Any]
+    state: dict[str, Any] | None
+    pickles: dict[str, bytes]
+
+    def settings(self, skip: Iterable[str]) -> dict[str, Any]:
+        """The pickled settings but those to ``skip``."""
+        settings = {}
+        for name in self.pickles.keys() - set(skip):
+            try:
+                settings[name] = cloudpickle.loads(self.pickles[name])
+            except Exception as error:
+                raise ValueError(f"{name} of the zip cannot be read ({error}): pass {name}=... to load()") from error
+        return settings
+
+
+def _set_world_apart(archive: io.BytesIO, members: Mapping[str, bytes]) -> bytes:
     """
     Turn a zip in which the world's state dicts are members like SAC's (``world.dynamics.pth``) into one in which
-    they stand apart (``world/dynamics.pt``) beside ``state``; without ``state`` they are left out.
+    they stand apart (``world/dynamics.pt``) beside ``members``; where these hold no state, they are left out.
     """
     out = io.BytesIO()
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(out, "w") as target:
         for name in source.namelist():
             if not name.startswith("world."):
                 target.writestr(name, source.read(name))
-            elif state is not None:
+            elif _STATE in members:
                 target.writestr(name.replace("world.", "world/").removesuffix("h"), source.read(name))
-        if state is not None:
-            buffer = io.BytesIO()
-            th.save(dict(state), buffer)
-            target.writestr(_STATE, buffer.getvalue())
+        for name, contents in members.items():
+            target.writestr(name, contents)
     return out.getvalue()
 
 
-def _read_world(file: Any, device: th.device) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The world's state dicts by the names of ``get_parameters``, and its state, ``None`` where there is no world."""
+def _read_world(file: Any, device: th.device) -> _SavedWorld:
+    """What a zip holds beside the base algorithm; nothing where it is none, which SB3 then tells."""
+    if not zipfile.is_zipfile(file):
+        return _SavedWorld({}, None, {})
     with zipfile.ZipFile(file) as archive:
-        members = {
-            name: th.load(io.BytesIO(archive.read(name)), map_location=device, weights_only=True)
-            for name in archive.namelist()
-            if name.startswith("world/")
-        }
-    state = members.pop(_STATE, None)
-    return {name.replace("world/", "world.").removesuffix(".pt"): value for name, value in members.items()}, state
+        members = {name: archive.read(name) for name in archive.namelist() if name.startswith("world/")}
+    pickles = {pathlib.PurePath(name).stem: members.pop(name) for name in list(members) if name.endswith(".pkl")}
+    tensors = {
+        name: th.load(io.BytesIO(contents), map_location=device, weights_only=True)
+        for name, contents in members.items()
+    }
+    state = tensors.pop(_STATE, None)
+    parameters = {name.replace("world/", "world.").removesuffix(".pt"): value for name, value in tensors.items()}
+    return _SavedWorld(parameters, state, pickles)
+
+
+@contextmanager
+def _opened(path: Any, mode: str) -> Iterator[Any]:
+    """A path opened as SB3 opens it, and closed where SB3 closes it: a file object stays open."""
+    file = open_path(path, mode, verbose=0, suffix="zip")
+    try:
+        yield file
+    finally:
+        if isinstance(path, str | pathlib.Path):
+            file.close()
