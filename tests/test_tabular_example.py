@@ -25,7 +25,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str,
     assert {path.stem for path in out.glob("*.png")} == {
         *("fig_2a_right", "fig_2b", "fig_3a", "fig_3b", "bounds", "pairs", "fig_2a_left", "fig_2a_divergence")
     }
-    return {path.stem: list(csv.DictReader(path.open(encoding="utf-8"))) for path in out.glob("*.csv")}
+    return {
+        path.stem: list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) for path in out.glob("*.csv")
+    }
 
 
 def test_figure_3b_is_ordered_and_rises(tables: dict[str, list[dict[str, str]]]) -> None:
