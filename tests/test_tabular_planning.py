@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from scipy.optimize import brentq
 
 from sb3_mismatch.tabular import (
@@ -244,6 +245,22 @@ def test_figure_2b_needs_the_clip_and_the_classifier() -> None:
     assert reaches_the_goal("mnm")
     assert reaches_the_goal("mnm", approximate=blurred, kl_clip=5.0)
     assert not reaches_the_goal("no-classifier", approximate=blurred)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "smoothing", "keep"), [(False, 0.25, 0.25), (False, None, 0.0), (True, None, 0.5)]
+)
+def test_a_step_mixes_the_old_with_the_tilted(notebook: bool, smoothing: float | None, keep: float) -> None:
+    mdp = figure_3b()
+    blurred = partial(block_average, shape=(10, 10), block=5)
+    states = plan(mdp, notebook=notebook, smoothing=smoothing, approximate=blurred, kl_clip=5.0)
+    old, new = itertools.islice(states, 2)
+    v = old.Q.max(axis=1) if notebook else old.Q.mean(axis=1)  # the first policy is uniform
+    weights = blurred(mdp.p).toarray() * np.exp(v if notebook else mdp.gamma * v)
+    tilted = weights / weights.sum(axis=1, keepdims=True)
+    expected = blurred(as_dynamics(sp.csr_array((1 - keep) * tilted + keep * mdp.p.toarray())))
+    np.testing.assert_allclose(new.q.toarray(), expected.toarray(), atol=1e-12)
+    np.testing.assert_allclose(new.policy, (1 - keep) * greedy(old.Q) + keep / 4, atol=1e-12)
 
 
 def test_what_plan_refuses() -> None:
