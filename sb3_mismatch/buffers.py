@@ -1,5 +1,6 @@
 """Real transitions as the learned world sees them, imagined ones, and minibatches of both."""
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +70,8 @@ def real_transitions(
         if not np.isfinite(values).all():
             row, dim = np.argwhere(~np.isfinite(values))[0]
             raise ValueError(
-                f"the replay buffer's {name} hold {values[row, dim]} (row {row // n_envs}, environment {row % n_envs}, "
+                f"the replay buffer's {name} hold {values[row, dim]} "
+                f"(row {rows[row // n_envs]}, environment {row % n_envs}, "
                 f"dimension {dim}): remove such rows, or wrap the environment in VecCheckNan to find their source"
             )
     keep = np.ones(len(rows) * n_envs, dtype=bool)
@@ -250,8 +252,8 @@ def latest_episodes(buffer: ReplayBuffer, observations: FlatObservations, most: 
     for env in range(buffer.n_envs):
         ends = np.flatnonzero(buffer.dones[order, env]) + 1
         # The oldest episode of a full buffer may have lost its beginning.
-        starts = np.concatenate([[0], ends[:-1]])[int(buffer.full) :][-most:]
-        for start, end in zip(starts, ends[int(buffer.full) :][-most:], strict=True):
+        whole = list(pairwise([0, *ends]))[int(buffer.full) :]
+        for start, end in whole[-most:]:
             rewards.append(buffer.rewards[order[start:end], env])
             stored, at = buffer.observations, order[start]
             first = {k: part[at, env] for k, part in stored.items()} if isinstance(stored, dict) else stored[at, env]

@@ -103,7 +103,8 @@ class Dynamics(nn.Module):
     :param net_arch: hidden layers of each member (MBPO: four of 200)
     :param layer_norm: whether hidden layers are normalised (DHMBPO)
     :param predicts: the target of the state heads, "difference" s' - s or "state" s'
-    :param end_arch: hidden layers of each end-of-episode head, which sees (s, a, s')
+    :param end_arch: hidden layers of each end-of-episode head, which sees s' alone: ends are rare, and what else a
+        head sees it learns by heart
     """
 
     holdout_error: th.Tensor
@@ -134,7 +135,7 @@ class Dynamics(nn.Module):
         self.body = EnsembleMLP(n_members, obs_dim + action_dim, net_arch, 2 * n_targets, layer_norm)
         self.max_log_var = nn.Parameter(th.full((n_members, 1, n_targets), 0.5))
         self.min_log_var = nn.Parameter(th.full((n_members, 1, n_targets), -10.0))
-        self.end = EnsembleMLP(n_members, 2 * obs_dim + action_dim, end_arch, 1)
+        self.end = EnsembleMLP(n_members, obs_dim, end_arch, 1)
         # Ends are rare: heads that have learned little say no.
         nn.init.constant_(self.end.layers[-1].bias, -4.0)  # type: ignore[arg-type]
         # Floats, as every tensor of a state dict here: SB3's own tests overwrite them with random numbers.
@@ -199,21 +200,13 @@ class Dynamics(nn.Module):
         """What draws the learned bounds of the log-variances together (PETS): (E,)."""
         return 0.01 * (self.max_log_var - self.min_log_var).sum(dim=(1, 2))
 
-    def end_logits(
-        self,
-        observations: th.Tensor,
-        actions: th.Tensor,
-        next_observations: th.Tensor,
-        members: th.Tensor | None = None,
-    ) -> th.Tensor:
-        """Logit of the episode's end at s', (K, N, 1)."""
-        inputs = self.inputs.transform(th.cat([observations, actions], dim=-1))
-        return self.end(th.cat([inputs, self.next_observations.transform(next_observations)], dim=-1), members)  # type: ignore[no-any-return]
+    def end_logits(self, next_observations: th.Tensor) -> th.Tensor:
+        """Each member's logit of the episode's end at s': (E, N, obs_dim) -> (E, N, 1)."""
+        return self.end(self.next_observations.transform(next_observations))  # type: ignore[no-any-return]
 
-    def end_probability(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
-        """Mean over the elites of the probability that the episode ends at s': (N, .) -> (N, 1)."""
-        rows = [x.expand(self.n_elites, *x.shape) for x in (observations, actions, next_observations)]
-        return self.end_logits(rows[0], rows[1], rows[2], self.elites).sigmoid().mean(dim=0)
+    def end_probability(self, next_observations: th.Tensor) -> th.Tensor:
+        """Mean over the members of the probability that the episode ends at s': (N, obs_dim) -> (N, 1)."""
+        return self.end_logits(next_observations.expand(self.n_members, -1, -1)).sigmoid().mean(dim=0)
 
     def rsample(
         self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None
@@ -229,7 +222,8 @@ class Dynamics(nn.Module):
 
         The elites share the rows out evenly, so that each row costs one member's work.
         """
-        n, elites = len(observations), self.elites
+        # In a random order: the last of them is left with fewer rows where they do not divide.
+        n, elites = len(observations), self.elites[th.randperm(self.n_elites, device=observations.device)]
         rows_each = -(-n // len(elites))
         # A random order, wrapped round to fill the last block.
         order = th.randperm(n, device=observations.device).repeat(-(-rows_each * len(elites) // n))

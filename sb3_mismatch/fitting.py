@@ -233,7 +233,7 @@ def _standardise(dynamics: Dynamics, batch: ReplayBufferSamples, train: th.Tenso
 
 def _end_loss(dynamics: Dynamics, rows: ReplayBufferSamples) -> th.Tensor:
     """Cross-entropy of the end-of-episode heads: (E,)."""
-    logits = dynamics.end_logits(rows.observations, rows.actions, rows.next_observations)
+    logits = dynamics.end_logits(rows.next_observations)
     return F.binary_cross_entropy_with_logits(logits, rows.dones, reduction="none").mean(dim=(1, 2))
 
 

@@ -26,8 +26,8 @@ def horizon_at(horizon: int | Sequence[int], timesteps: int) -> int:
     if isinstance(horizon, int):
         return horizon
     first_step, last_step, first, last = horizon
-    progress = min(max((timesteps - first_step) / max(last_step - first_step, 1), 0.0), 1.0)
-    return int(first + progress * (last - first))
+    steps, span = min(max(timesteps - first_step, 0), last_step - first_step), max(last_step - first_step, 1)
+    return int(first + steps * (last - first) // span)
 
 
 @th.no_grad()

@@ -50,7 +50,7 @@ class FlatObservations:
 
     def flatten(self, observations: Observations, n: int) -> np.ndarray:
         """``n`` observations of any leading shape -> (n, dim) float32."""
-        parts = observations.values() if isinstance(observations, dict) else [observations]
+        parts = [observations[key] for key in self.shapes] if isinstance(observations, dict) else [observations]
         return np.concatenate([np.asarray(part, dtype=np.float32).reshape(n, -1) for part in parts], axis=1)
 
     def unflatten(self, flat: th.Tensor) -> TensorObservations:

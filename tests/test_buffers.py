@@ -1,0 +1,367 @@
+"""Real transitions against an environment that tells its place, and mixed minibatches row by row."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+from torch.testing import assert_close
+from toys import CPU, collected, counters
+
+from sb3_mismatch.buffers import (
+    STEPS_AHEAD,
+    ImaginedBuffer,
+    MixedReplayBuffer,
+    RealTransitions,
+    latest_episodes,
+    real_transitions,
+)
+from sb3_mismatch.objectives import OBJECTIVES, Payment
+from sb3_mismatch.observations import FlatObservations, Normalization
+from sb3_mismatch.randomness import RandomStreams
+
+
+def read(buffer: ReplayBuffer, normalize: VecNormalize | None = None) -> RealTransitions:
+    return real_transitions(buffer, FlatObservations(buffer.observation_space), CPU, normalize)
+
+
+def assert_counted(data: RealTransitions, as_dict: bool = False) -> None:
+    """Every row is one of the counters': its name, episode and t tell all else."""
+    batch = data.batch
+    # "when", (episode, t), comes before "who" in a Dict.
+    name, episode, t = batch.observations[:, [2, 0, 1] if as_dict else [0, 1, 2]].unbind(1)
+    expected = batch.observations.clone()
+    expected[:, 1 if as_dict else 2] += 1
+    assert_close(batch.next_observations, expected)
+    assert_close(batch.rewards.squeeze(1), 100 * episode + t)
+    assert_close(batch.dones.squeeze(1).bool(), (episode % 2 == 0) & (t == 2))
+    assert (name == name.round()).all()
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("steps", [10, 25])
+def test_real_rows(n_envs, as_dict, steps):
+    """All rows, once each, of a buffer part full (10 of 20 steps) and overwritten (25); time limits are no ends."""
+    buffer = collected(counters(n_envs, as_dict), steps, size=20 * n_envs)
+    data = read(buffer)
+    kept = min(steps, 20)
+    assert len(data) == kept * n_envs
+    assert len(data.position.unique()) == len(data)
+    assert_counted(data, as_dict)
+    names = data.batch.observations[:, 2 if as_dict else 0]
+    assert [(names == i).sum().item() for i in range(n_envs)] == [kept] * n_envs
+    # Seven steps hold one end of an even and one limit of an odd episode.
+    assert data.batch.dones.sum() == n_envs * {10: 2, 25: 3}[steps]
+
+
+def test_position_is_the_place_in_the_buffer():
+    buffer = collected(counters(3), 10, size=60)
+    data = read(buffer)
+    assert_close(data.position, th.arange(30))
+    place = data.position.numpy()
+    np.testing.assert_array_equal(data.batch.observations.numpy(), buffer.observations[place // 3, place % 3])
+    np.testing.assert_array_equal(data.batch.actions.numpy(), buffer.actions[place // 3, place % 3])
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("steps", [10, 25, 39])
+def test_compact_buffer_gives_true_next_observations_only(n_envs, steps):
+    kwargs = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    buffer = collected(counters(n_envs), steps, size=20 * n_envs, **kwargs)
+    data = read(buffer)
+    batch = data.batch
+    assert_close(batch.next_observations, batch.observations + th.tensor([0.0, 0.0, 1.0]))
+    assert_close(batch.rewards.squeeze(1), 100 * batch.observations[:, 1] + batch.observations[:, 2])
+    assert not batch.dones.any()
+    valid = [row for row in range(buffer.size()) if not (buffer.full and row == buffer.pos)]
+    assert len(data) == (buffer.dones[valid] == 0).sum()
+
+
+def test_ends_stored_at_the_clip_of_vec_normalize_are_left_out():
+    env = VecNormalize(counters(), clip_obs=1.5, training=False)
+    env.obs_rms.mean, env.obs_rms.var = np.array([0.0, 5.0, 1.5]), np.array([1.0, 4.0, 1.0])
+    buffer = collected(env, 70)
+    data = read(buffer, env)
+    assert_counted(data)
+    # The last t, 3 or 4, stands at 1.5 or more: no row with an end is told apart from a clipped one.
+    assert len(data) == 70 - 20
+    stored = buffer.next_observations[:70, 0] - buffer.observations[:70, 0]
+    wrong = (np.abs(stored - [0, 0, 1]) > 1e-3).any(axis=1)
+    assert wrong.sum() >= 10
+    assert not wrong[data.position].any()
+    assert len(read(buffer)) == 70
+
+
+def test_ends_stored_within_the_clip_stay():
+    env = VecNormalize(counters())
+    data = read(collected(env, 70), env)
+    assert len(data) == 70
+    assert data.batch.dones.sum() == 10
+
+
+@pytest.mark.parametrize("column", ["observations", "next_observations", "actions", "rewards"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_rows_that_are_not_finite_are_refused_by_name(column, value):
+    buffer = collected(counters(2), 10)
+    array = getattr(buffer, column)
+    array[7, 1] = value
+    with pytest.raises(ValueError, match=f"replay buffer's {column.replace('_', ' ')} hold .*row 7, environment 1"):
+        read(buffer)
+
+
+def test_refused_row_of_a_compact_buffer_is_named_by_its_place():
+    kwargs = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    buffer = collected(counters(), 25, size=20, **kwargs)
+    buffer.rewards[12] = np.nan
+    assert buffer.pos == 5
+    with pytest.raises(ValueError, match=r"rewards hold nan \(row 12, environment 0"):
+        read(buffer)
+
+
+# -- imagined rows --
+
+
+def numbered(first: int, n: int) -> ReplayBufferSamples:
+    """Rows that carry their number, in each column another way; observations have two dimensions."""
+    number = th.arange(first, first + n, dtype=th.float32).unsqueeze(1)
+    return ReplayBufferSamples(number.repeat(1, 2), -number, number.repeat(1, 2) + 0.5, number % 2, 10 * number)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.lists(st.integers(0, 30), max_size=8))
+def test_ring_keeps_the_latest_rows(capacity, sizes):
+    buffer = ImaginedBuffer(capacity)
+    model = np.empty(0)
+    for n in sizes:
+        first = sum(sizes[: len(model)]) if not len(model) else int(model[-1]) + 1
+        buffer.add(numbered(first, n))
+        model = np.append(model, np.arange(first, first + n))[-capacity:]
+        assert len(buffer) == len(model)
+    if len(model):
+        drawn = buffer.sample(60 * capacity)
+        numbers = drawn.observations[:, 0].long()
+        assert set(numbers.tolist()) == set(model.astype(int))
+        for column, expected in zip(drawn[:5], numbered(0, int(model[-1]) + 1)[:5], strict=True):
+            assert_close(column, expected[numbers])
+
+
+def test_reset_forgets():
+    buffer = ImaginedBuffer(5)
+    buffer.add(numbered(0, 7))
+    buffer.reset()
+    assert len(buffer) == 0
+    buffer.add(numbered(20, 2))
+    assert set(buffer.sample(50).observations[:, 0].tolist()) == {20.0, 21.0}
+
+
+def test_capacity_of_none_is_refused():
+    with pytest.raises(ValueError, match="imagined_buffer_size=0 must be at least 1"):
+        ImaginedBuffer(0)
+
+
+# -- mixed minibatches --
+
+MARK = 1e4
+
+
+class Judge:
+    """A classifier whose opinion can change."""
+
+    opinion = 0.5
+
+    def log_ratio(self, observations, actions, next_observations):
+        return th.full_like(actions[:, :1], self.opinion)
+
+
+def marked(flat: FlatObservations, n: int = 50) -> ReplayBufferSamples:
+    """Imagined rows whose observations are far from every real one, and whose action tells their reward."""
+    action = th.rand(n, 1)
+    observations = th.full((n, flat.dim), MARK)
+    return ReplayBufferSamples(observations, action, observations + 1, th.ones(n, 1), 100 * action)
+
+
+def mixed(real: ReplayBuffer, ratio: float, objective: str = "vmbpo", steps: int = 10, judge: Any = None) -> Any:
+    flat = FlatObservations(real.observation_space)
+    imagined = ImaginedBuffer(100)
+    imagined.add(marked(flat))
+    payment = Payment(OBJECTIVES[objective], 0.9, judge or Judge())
+    return MixedReplayBuffer(real, imagined, ratio, steps, payment, RandomStreams(CPU, 0), flat)
+
+
+@pytest.fixture(scope="module")
+def real():
+    return collected(counters(2), 30)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.05, 0.1, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_every_minibatch_holds_the_exact_ratio(real, ratio, batch_size):
+    buffer = mixed(real, ratio)
+    for _ in range(10):
+        batch = buffer.sample(batch_size)
+        assert all(len(column) == batch_size for column in batch[:5])
+        assert (batch.observations[:, 0] != MARK).sum() == round(ratio * batch_size)
+
+
+@pytest.mark.parametrize("promised", [1, 5, STEPS_AHEAD + 3])
+def test_minibatches_never_run_out(real, promised):
+    buffer = mixed(real, 0.5, steps=promised)
+    for _ in range(promised + 2):
+        assert (buffer.sample(8).observations[:, 0] == MARK).sum() == 4
+
+
+def test_rows_stay_whole(real):
+    """Columns of one row belong together, and what it earns is r or r + log p/q."""
+    batch = mixed(real, 0.5).sample(200)
+    imagined = batch.observations[:, 0] == MARK
+    assert_close(batch.rewards[imagined], 100 * batch.actions[imagined] + 0.5)
+    assert_close(batch.next_observations[imagined], batch.observations[imagined] + 1)
+    assert batch.dones[imagined].all()
+    ours = RealTransitions(ReplayBufferSamples(*(column[~imagined] for column in batch[:5])), th.arange(100))
+    assert_counted(ours)
+
+
+def test_reward_is_paid_by_todays_classifier(real):
+    judge = Judge()
+    rewards = []
+    for opinion in (0.5, -2.0):
+        judge.opinion = opinion
+        batch = mixed(real, 0.0, judge=judge).sample(20)
+        rewards.append(batch.rewards - 100 * batch.actions)
+    assert_close(rewards[0], th.full((20, 1), 0.5), atol=1e-4, rtol=0)
+    assert_close(rewards[1], th.full((20, 1), -2.0), atol=1e-4, rtol=0)
+
+
+def test_real_rows_are_paid_by_the_objective(real):
+    """Under a log objective (1 - γ) log r - (1 - γ) log(1 - γ); the shift is 1, for the counters' first reward is 0."""
+    buffer = mixed(real, 1.0, "mnm")
+    buffer.payment = replace(buffer.payment, offset=1.0, lowest=1.0)
+    batch = buffer.sample(50)
+    raw = 100 * batch.observations[:, 1:2] + batch.observations[:, 2:]
+    assert_close(batch.rewards, 0.1 * (raw + 1).log() - 0.1 * np.log(0.1))
+
+
+@pytest.mark.parametrize("objective", ["mbpo", "vmbpo"])
+def test_real_rows_alone_are_the_real_buffers_own(real, objective):
+    np.random.seed(0)
+    th.manual_seed(0)
+    expected = [real.sample(32) for _ in range(3)]
+    after = np.random.rand(), th.rand(1)
+    buffer = mixed(real, 1.0, objective)
+    np.random.seed(0)
+    th.manual_seed(0)
+    for batch in expected:
+        for ours, theirs in zip(buffer.sample(32)[:5], batch[:5], strict=True):
+            assert th.equal(ours, theirs)
+    assert (np.random.rand(), th.rand(1)) == after
+
+
+def test_imagined_rows_come_from_the_worlds_streams(real):
+    """torch's global generator does not move, NumPy's only by the real rows' draws."""
+    buffer = mixed(real, 0.5, steps=1)
+    th.manual_seed(0)
+    np.random.seed(0)
+    buffer.sample(20)
+    after = np.random.rand(), th.rand(1)
+    th.manual_seed(0)
+    np.random.seed(0)
+    real.sample(10)
+    assert (np.random.rand(), th.rand(1)) == after
+
+
+def test_without_imagined_rows_all_are_real(real):
+    buffer = mixed(real, 0.1)
+    buffer.imagined.reset()
+    assert (buffer.sample(20).observations[:, 0] != MARK).all()
+
+
+def test_size_and_add_are_the_real_buffers():
+    real = collected(counters(), 5)
+    buffer = mixed(real, 0.5)
+    row = np.full((1, 3), 7.0)
+    buffer.add(row, row, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
+    assert buffer.size() == real.size() == 6
+    assert (real.observations[5] == 7).all()
+
+
+def test_n_step_rows_beside_imagined_ones():
+    """An imagined row is one step: it is discounted by γ, real rows by γ to their own number of steps."""
+    real = collected(counters(), 40, n_steps=3, gamma=0.9)
+    batch = mixed(real, 0.5).sample(200)
+    imagined = batch.observations[:, 0] == MARK
+    assert_close(batch.discounts[imagined], th.full((100, 1), 0.9))
+    t, even = batch.observations[~imagined][:, 2], batch.observations[~imagined][:, 1] % 2 == 0
+    left = th.where(even, 3 - t, 4 - t).clamp(max=3)
+    # The newest row of an unfinished episode is cut as well.
+    whole = batch.observations[~imagined][:, 1] < batch.observations[~imagined][:, 1].max()
+    assert_close(batch.discounts[~imagined].squeeze(1)[whole], (0.9**left)[whole])
+    assert mixed(real, 0.0).sample(4).discounts is None
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_dict_rows(ratio):
+    real = collected(counters(2, as_dict=True), 30)
+    assert isinstance(real, DictReplayBuffer)
+    batch = mixed(real, ratio).sample(20)
+    assert isinstance(batch, DictReplayBufferSamples)
+    assert {key: part.shape for key, part in batch.observations.items()} == {"when": (20, 2, 1), "who": (20, 1)}
+    imagined = batch.observations["who"][:, 0] == MARK
+    assert imagined.sum() == round((1 - ratio) * 20)
+    assert (batch.observations["when"][imagined] == MARK).all()
+    when, then = (x["when"][~imagined].squeeze(2) for x in (batch.observations, batch.next_observations))
+    assert_close(then, when + th.tensor([0.0, 1.0]))
+    assert all(part.dtype == th.float32 for part in (*batch.observations.values(), batch.rewards, batch.dones))
+
+
+def test_vec_normalize_serves_both_alike():
+    env = VecNormalize(counters(2), clip_obs=3.0, clip_reward=5.0)
+    real = collected(env, 30)
+    buffer = mixed(real, 0.5)
+    batch = buffer.sample(100, env=env)
+    scale = Normalization.of(env, buffer.flat, CPU)
+    imagined = batch.dones.squeeze(1).bool() & (batch.observations[:, 0] == 3)
+    assert imagined.sum() == 50
+    # MARK is far beyond the clip; the reward is the normalised one and the log-ratio on top, in its own unit.
+    assert (batch.observations[imagined] == 3).all()
+    assert_close(batch.rewards[imagined], scale.reward(100 * batch.actions[imagined]) + 0.5)
+    assert batch.observations[~imagined].abs().max() <= 3
+    assert batch.rewards[~imagined].max() <= 5
+
+
+# -- episodes --
+
+
+def test_latest_episodes():
+    """The counters' whole episodes: 0 of rewards 0 1 2, 1 of 100 to 103, 2 of 200 to 202; 3 has not ended."""
+    buffer = collected(counters(), 12)
+    episodes = latest_episodes(buffer, FlatObservations(buffer.observation_space), most=20)
+    np.testing.assert_array_equal(episodes.steps, [3, 4, 3])
+    np.testing.assert_array_equal(episodes.rewards, [[0, 1, 2, 0], [100, 101, 102, 103], [200, 201, 202, 0]])
+    np.testing.assert_array_equal(episodes.first_observations, [[0, 0, 0], [0, 1, 0], [0, 2, 0]])
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_latest_episodes_of_a_full_buffer(as_dict):
+    """Of 25 steps in each of two environments 13 are left: half of episode 3, then 4, 5, 6 and the first row of 7."""
+    buffer = collected(counters(2, as_dict), 25, size=26)
+    flat = FlatObservations(buffer.observation_space)
+    episodes = latest_episodes(buffer, flat, most=2)
+    np.testing.assert_array_equal(episodes.steps, [4, 3, 4, 3])
+    np.testing.assert_array_equal(episodes.rewards[:, 0], [500, 600, 500, 600])
+    names = episodes.first_observations[:, 2 if as_dict else 0]
+    np.testing.assert_array_equal(names, [0, 0, 1, 1])
+    assert len(latest_episodes(buffer, flat, most=9).steps) == 6
+
+
+@pytest.mark.parametrize("size", [100, 2])
+def test_no_episode_has_ended(size):
+    buffer = collected(counters(), 2, size=size)
+    episodes = latest_episodes(buffer, FlatObservations(buffer.observation_space), most=20)
+    assert len(episodes.steps) == len(episodes.rewards) == len(episodes.first_observations) == 0

@@ -1,0 +1,188 @@
+"""The equations against rows worked by hand, and the optima that they have."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch.testing import assert_close
+
+from sb3_mismatch.objectives import (
+    OBJECTIVES,
+    Payment,
+    adversarial_loss,
+    discounted_bound_reward,
+    discounted_joint_loss,
+    joint_loss,
+    likelihood_loss,
+    lower_bound_reward,
+    positive_offset,
+    realistic_reward,
+    task_reward,
+)
+
+GAMMA = 0.9
+
+
+class ByHand:
+    """Terms of two members."""
+
+    nll = th.tensor([1.0, 2.0])
+    log_ratio = th.tensor([0.5, -0.5])
+    value = th.tensor([10.0, 20.0])
+
+
+@pytest.mark.parametrize(
+    ("equation", "expected"),
+    [
+        (task_reward, [2.0, 0.5]),
+        (realistic_reward, [2.3, -0.5]),
+        # 0.1 log 2 + 0.3 - 0.1 log 0.1, and 0.1 log 0.5 - 1 - 0.1 log 0.1
+        (lower_bound_reward, [0.5995732, -0.8390562]),
+        # the same with 0.9 * 0.3 and 0.9 * -1
+        (discounted_bound_reward, [0.5695732, -0.7390562]),
+    ],
+)
+def test_rewards_by_hand(equation, expected):
+    reward, log_ratio = th.tensor([[2.0], [0.5]]), th.tensor([[0.3], [-1.0]])
+    assert_close(equation(reward, log_ratio, GAMMA), th.tensor(expected).unsqueeze(1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("equation", "expected"),
+    [
+        (likelihood_loss, [1.0, 2.0]),
+        (adversarial_loss, [0.5, 2.5]),
+        (joint_loss, [1 - 0.5 - 9, 2 + 0.5 - 18]),
+        (discounted_joint_loss, [1 - 0.45 - 9, 2 + 0.45 - 18]),
+    ],
+)
+def test_model_losses_by_hand(equation, expected):
+    assert_close(equation(ByHand(), GAMMA), th.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("equation", "tilt"),
+    [(joint_loss, GAMMA), (discounted_joint_loss, 1.0), (adversarial_loss, 0.0)],
+)
+def test_optimum_over_finite_next_states(equation, tilt):
+    """Without the likelihood the best q is p exp(γV), p exp(V) or p itself."""
+    generator = th.Generator().manual_seed(0)
+    p = th.rand(6, generator=generator, dtype=th.double).softmax(dim=0)
+    values = 2 * th.randn(6, generator=generator, dtype=th.double)
+    logits = th.zeros(6, dtype=th.double, requires_grad=True)
+
+    class Exact:
+        nll = th.zeros(1)
+
+        @property
+        def log_ratio(self):
+            return (logits.softmax(0) * (p.log() - logits.log_softmax(0))).sum().unsqueeze(0)
+
+        @property
+        def value(self):
+            return (logits.softmax(0) * values).sum().unsqueeze(0)
+
+    optimizer = th.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = equation(Exact(), GAMMA).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = p * (tilt * values).exp()
+    assert_close(logits.detach().softmax(0), best / best.sum(), atol=1e-5, rtol=0)
+
+
+def test_table():
+    """Each row asks for what its algorithm is."""
+    asked = {
+        name: (row.reward, row.model_loss, row.takes_log, row.centred, row.uses_classifier)
+        for name, row in OBJECTIVES.items()
+    }
+    assert asked == {
+        "mnm": (lower_bound_reward, joint_loss, True, False, True),
+        "mnm-gamma": (discounted_bound_reward, discounted_joint_loss, True, False, True),
+        "mnm-approx": (realistic_reward, adversarial_loss, False, True, True),
+        "vmbpo": (realistic_reward, joint_loss, False, False, True),
+        "mbpo": (task_reward, likelihood_loss, False, False, False),
+    }
+    # The bound holds with its log-ratio in full.
+    assert all(row.log_ratio_weight == 1 for row in OBJECTIVES.values() if row.takes_log)
+
+
+class Judge:
+    """A classifier whose log-ratio is s."""
+
+    def log_ratio(self, observations, actions, next_observations):
+        return observations[:, :1]
+
+
+def imagined(*log_ratios: float) -> ReplayBufferSamples:
+    column = th.tensor(log_ratios).unsqueeze(1)
+    return ReplayBufferSamples(column, column, column, column, column)
+
+
+REWARDS = th.tensor([[1.0], [2.0]])
+
+
+def pay(name: str, **changed) -> th.Tensor:
+    return Payment(replace(OBJECTIVES[name], **changed), GAMMA, Judge()).imagined(imagined(0.5, -1.5), REWARDS)
+
+
+def test_imagined_rows_are_paid_the_log_ratio():
+    assert_close(pay("vmbpo"), th.tensor([[1.5], [0.5]]))
+    assert_close(pay("vmbpo", log_ratio_weight=2.0), th.tensor([[2.0], [-1.0]]))
+    assert_close(pay("vmbpo", log_ratio_weight=0.0), REWARDS)
+    assert_close(pay("mbpo"), REWARDS)
+
+
+def test_centred_log_ratio_has_mean_zero():
+    """0.5 and -1.5 lie 1 above and below their mean; the weight is 0.1."""
+    assert_close(pay("mnm-approx"), th.tensor([[1.1], [1.9]]))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_real_rows_need_no_correction(name):
+    paid = Payment(OBJECTIVES[name], GAMMA, Judge()).real(REWARDS)
+    expected = 0.1 * REWARDS.log() - 0.1 * math.log(0.1) if OBJECTIVES[name].takes_log else REWARDS
+    assert_close(paid, expected)
+
+
+def test_log_objective_shifts_and_floors():
+    """r = -0.9 and -5 with offset 1: log 0.1, and log 0.05, the lowest that is paid."""
+    payment = Payment(OBJECTIVES["mnm"], GAMMA, Judge(), offset=1.0, lowest=0.05)
+    rewards = th.tensor([[-0.9], [-5.0]])
+    log_r = th.tensor([[math.log(0.1)], [math.log(0.05)]])
+    assert_close(payment.real(rewards), 0.1 * (log_r - math.log(0.1)))
+    ratio = th.tensor([[0.5], [-1.5]])
+    assert_close(payment.imagined(imagined(0.5, -1.5), rewards), 0.1 * (log_r - math.log(0.1)) + ratio)
+
+
+def test_other_objectives_do_not_shift():
+    payment = Payment(OBJECTIVES["vmbpo"], GAMMA, Judge(), offset=1.0, lowest=0.05)
+    assert_close(payment.real(th.tensor([[-5.0]])), th.tensor([[-5.0]]))
+
+
+def test_log_return_by_hand():
+    """Episodes 1, 2, 3 and 4 (of one step): ((1 + 1.8 + 2.43) + 4) / 2, each reward one higher by the offset."""
+    rewards, steps = np.array([[0.0, 1.0, 2.0], [3.0, 99.0, 99.0]]), np.array([3, 1])
+    payment = Payment(OBJECTIVES["mnm"], GAMMA, Judge(), offset=1.0)
+    assert payment.log_return(rewards, steps) == pytest.approx(math.log((5.23 + 4) / 2))
+
+
+@pytest.mark.parametrize(
+    ("lowest", "shift", "offset"), [(0.2, 0.0, 0.0), (-3.0, 4, 4.0), (-3.0, "auto", 3.01), (5.0, "auto", 0.0)]
+)
+def test_offset(lowest, shift, offset):
+    assert positive_offset("mnm", lowest, shift, reward_floor=0.01) == pytest.approx(offset)
+
+
+@pytest.mark.parametrize(("lowest", "shift"), [(0.0, 0.0), (-3.0, 3.0), (math.nan, "auto")])
+def test_reward_without_logarithm_is_refused(lowest, shift):
+    with pytest.raises(ValueError, match=r"objective='mnm' takes log r and met r = .*reward_shift='auto'"):
+        positive_offset("mnm", lowest, shift, reward_floor=0.01)
