@@ -21,7 +21,7 @@ quickstart: $(VENV)/.base
 	$(BIN)/python examples/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check --quiet --output-format concise
