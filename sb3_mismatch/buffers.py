@@ -1,5 +1,6 @@
 """Real transitions as the learned world sees them, imagined ones, and minibatches of both."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from sb3_mismatch.randomness import RandomStreams
 STEPS_AHEAD = 64
 
 
-class RealTransitions(NamedTuple):
+@dataclass(frozen=True)
+class RealTransitions:
     """
     Real one-step transitions in raw units: a batch of flat rows on the device.
 

@@ -140,13 +140,13 @@ def drive(env_id: str, steps: int, seed: int) -> RealTransitions:
 def test_learned_ends_agree_with_the_environments_own(env_id, recall):
     th.manual_seed(0)
     env = gym.make(env_id)
-    data, held = drive(env_id, 4000, seed=0), drive(env_id, 4000, seed=1)
+    data, held = drive(env_id, 5000, seed=0), drive(env_id, 5000, seed=1)
     flat = FlatObservations(env.observation_space)
     # The heads share nothing with the states' network, which may stay small here.
     dynamics = Dynamics(flat.dim, spaces.flatdim(env.action_space), net_arch=[8])
     optimizer = th.optim.Adam(dynamics.parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=True)
-    # As many gradient steps as the default settings take over some 1250 steps of the environment.
-    settings = FitSettings(max_steps=1000, patience=1000)
+    # As many gradient steps as the default settings take over 2500 steps of the environment.
+    settings = FitSettings(max_steps=10 * FitSettings.max_steps, patience=1000)
     fit_dynamics(dynamics, optimizer, data, lambda rows: dynamics.nll(*rows[:3], rows.rewards).mean(dim=1), settings)
 
     batch = held.batch
