@@ -115,7 +115,8 @@ class FastSAC(SAC):
     def _record_losses(self, losses: Sequence[Losses]) -> None:
         """Means over the gradient steps under SB3's keys: the one wait for the device."""
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, values in zip(Losses._fields, zip(*losses, strict=True), strict=True):
+        # Without gradient steps there are no columns.
+        for name, values in zip(Losses._fields, zip(*losses, strict=True), strict=bool(losses)):
             if any(value is None for value in values):
                 continue
             mean = th.stack([value.reshape(()) for value in values]).double().mean().item()

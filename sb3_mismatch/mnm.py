@@ -22,7 +22,7 @@ from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_off
 from sb3_mismatch.observations import Normalization, Observations, TensorObservations, check_finite
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.saving import SavedWithWorld
-from sb3_mismatch.settings import WEIGHTS, check_replay_buffer, check_settings, joined_signature
+from sb3_mismatch.settings import WEIGHTS, check_replay_buffer_class, check_rows, check_settings, joined_signature
 from sb3_mismatch.terminations import TransitionFunction
 from sb3_mismatch.world import World
 
@@ -126,8 +126,10 @@ class ModelBased(SavedWithWorld):
 
     def _setup_model(self) -> None:
         check_settings(vars(self))
-        check_replay_buffer(self.replay_buffer_class)
+        check_replay_buffer_class(self.replay_buffer_class)
         super()._setup_model()
+        assert self.replay_buffer is not None
+        check_rows(self.replay_buffer)
         # The world's networks are drawn from its own streams: the policy's weights are the base algorithm's.
         with self._streams.active():
             self.world = World(
@@ -217,9 +219,12 @@ class ModelBased(SavedWithWorld):
 
     @property
     def _n_rows(self) -> int:
-        """Transitions in the replay buffer."""
-        assert self.replay_buffer is not None
-        return self.replay_buffer.size() * self.replay_buffer.n_envs
+        """Transitions in the replay buffer that a world can learn from."""
+        buffer = self.replay_buffer
+        assert buffer is not None
+        # Where observations serve as next observations too, that of an episode's end is lost.
+        lost = int(buffer.dones[: buffer.size()].sum()) if buffer.optimize_memory_usage else 0
+        return buffer.size() * buffer.n_envs - lost
 
     def _world_is_due(self) -> bool:
         if self._n_rows < FEWEST_ROWS:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mismatch.objectives import OBJECTIVES, Objective
@@ -62,13 +63,23 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise TypeError(f"{name}={settings[name]!r} must be a dict, or None")
 
 
-def check_replay_buffer(kind: type | None) -> None:
+def check_replay_buffer_class(kind: type | None) -> None:
     """:raises ValueError: for a replay buffer whose rows imagined ones cannot join"""
     if kind is not None and issubclass(kind, HerReplayBuffer):
         raise ValueError(
             "replay_buffer_class=HerReplayBuffer relabels goals with the environment's own reward, which imagined "
             "transitions have not: use stable_baselines3.SAC with it, or the default buffer"
         )
+
+
+def check_rows(buffer: ReplayBuffer) -> None:
+    """:raises ValueError: for a replay buffer that does not keep its rows as SB3's do"""
+    for name in ("observations", "actions", "rewards", "dones", "timeouts"):
+        if not hasattr(buffer, name):
+            raise ValueError(
+                f"replay_buffer_class={type(buffer).__name__} has no array {name}, from which the world is learned: "
+                "derive it from stable_baselines3.common.buffers.ReplayBuffer and keep its arrays"
+            )
 
 
 def check_count(name: str, value: Any) -> None:
