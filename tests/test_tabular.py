@@ -284,13 +284,21 @@ def test_bad_input_is_refused_in_a_sentence(call: Callable[[], object], message:
         call()
 
 
-def test_an_mdp_leaves_the_callers_arrays_alone() -> None:
-    p = sp.csr_array((np.array([0.5, 0.5, 0.0, 1.0]), np.array([0, 1, 0, 1]), np.array([0, 3, 4])), shape=(2, 2))
-    before = p.data.copy(), p.indices.copy(), p.indptr.copy()
+@pytest.mark.parametrize(
+    ("data", "columns", "ends", "possible"),
+    [
+        ([0.0, 1.0, 1.0], [0, 1, 1], [0, 2, 3], 2),  # a stored zero
+        ([0.5, 0.25, 0.25, 1.0], [1, 0, 1, 0], [0, 3, 4], 3),  # a transition in two parts
+    ],
+)
+def test_an_mdp_leaves_the_callers_arrays_alone(
+    data: list[float], columns: list[int], ends: list[int], possible: int
+) -> None:
+    p = sp.csr_array((np.array(data), np.array(columns), np.array(ends)), shape=(2, 2))
     mdp = FiniteMDP(p, np.ones((2, 1)), 0.9)
-    assert mdp.p.nnz == 3
-    for old, new in zip(before, (p.data, p.indices, p.indptr), strict=True):
-        np.testing.assert_array_equal(old, new)
+    assert mdp.p.nnz == possible
+    for now, before in ((p.data, data), (p.indices, columns), (p.indptr, ends)):
+        np.testing.assert_array_equal(now, before)
 
 
 def naive_grid(walls: np.ndarray, noise: float, moves: list[tuple[int, int]]) -> np.ndarray:
