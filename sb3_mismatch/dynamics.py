@@ -99,7 +99,7 @@ class Dynamics(nn.Module):
     :param obs_dim: size of the flat observation
     :param action_dim: size of the flat action
     :param n_members: networks in the ensemble (MBPO: 7)
-    :param n_elites: how many of them, those with the lowest holdout error, imagine (MBPO: 5)
+    :param n_elites: how many of them, those with the lowest loss on held-out rows, imagine (MBPO: 5)
     :param net_arch: hidden layers of each member (MBPO: four of 200)
     :param layer_norm: whether hidden layers are normalised (DHMBPO)
     :param predicts: the target of the state heads, "difference" s' - s or "state" s'
@@ -107,7 +107,7 @@ class Dynamics(nn.Module):
         head sees it learns by heart
     """
 
-    holdout_error: th.Tensor
+    holdout_loss: th.Tensor
     low: th.Tensor
     high: th.Tensor
 
@@ -139,20 +139,22 @@ class Dynamics(nn.Module):
         # Ends are rare: heads that have learned little say no.
         nn.init.constant_(self.end.layers[-1].bias, -4.0)  # type: ignore[arg-type]
         # Floats, as every tensor of a state dict here: SB3's own tests overwrite them with random numbers.
-        self.register_buffer("holdout_error", th.zeros(n_members))
+        self.register_buffer("holdout_loss", th.zeros(n_members))
         # The range of the targets' raw quantities (s', r), which imagination does not leave.
         self.register_buffer("low", th.full((n_targets,), -th.inf))
         self.register_buffer("high", th.full((n_targets,), th.inf))
 
     @property
     def elites(self) -> th.Tensor:
-        """Indices of the ``n_elites`` members with the lowest holdout error."""
-        return self.holdout_error.topk(self.n_elites, largest=False).indices
+        """Indices of the ``n_elites`` members with the lowest loss on held-out rows."""
+        return self.holdout_loss.topk(self.n_elites, largest=False).indices
 
     def forward(self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None) -> Gaussian:
         """(K, N, obs_dim), (K, N, action_dim) -> standardised targets' distribution."""
         x = self.inputs.transform(th.cat([observations, actions], dim=-1))
         mean, log_var = self.body(x, members).chunk(2, dim=-1)
+        # From one down to the noise of a simulator is a long way for a log-variance: five times as fast a stride.
+        log_var = 5.0 * log_var
         high = self.max_log_var if members is None else self.max_log_var[members]
         low = self.min_log_var if members is None else self.min_log_var[members]
         log_var = high - F.softplus(high - log_var)

@@ -66,7 +66,7 @@ class ModelBased(SavedWithWorld):
     """
 
     #: Defaults of the base algorithm's arguments that suit a model-based learner better.
-    base_defaults: ClassVar[dict[str, Any]] = {"learning_starts": 500, "gradient_steps": 5}
+    base_defaults: ClassVar[dict[str, Any]] = {"learning_starts": 300, "gradient_steps": 10}
 
     def __init__(
         self,
