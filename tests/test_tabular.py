@@ -127,6 +127,8 @@ def test_rewards_on_transitions(seed: int) -> None:
     b = bound_1(mdp, policy, case.q)
     assert b.value == pytest.approx(expected - math.log(1 - gamma), abs=1e-9)
     assert b.value <= log_return(mdp, policy) + 1e-9
+    lifted = math.exp(log_return(mdp, policy)) + 2 / (1 - gamma)
+    assert math.exp(log_return(mdp.shifted(2.0), policy)) == pytest.approx(lifted)
     earned = case.discounted(policy, case.q, (case.q * case.transition_reward).sum(axis=-1))
     assert vmbpo_objective(mdp, policy, case.q).reward == pytest.approx(earned)
     assert log_return(mdp.averaged(), policy) == pytest.approx(log_return(mdp, policy), abs=1e-12)
