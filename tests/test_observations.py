@@ -99,6 +99,7 @@ class Noise(gym.Env):
         (box(3), {}),
         (box(2, 3, dtype=np.float64), {}),
         (box(3), {"clip_obs": 0.5, "clip_reward": 0.1}),
+        (box(3), {"epsilon": 50.0}),
         (box(3), {"norm_obs": False}),
         (box(3), {"norm_reward": False, "clip_reward": 0.1}),
         (DICT, {}),

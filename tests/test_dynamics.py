@@ -1,0 +1,226 @@
+"""The ensemble as one batched network, against member by member evaluation and worked rows."""
+
+import math
+
+import pytest
+import torch as th
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from sb3_mismatch.dynamics import Dynamics, EnsembleLinear, Standardizer
+from sb3_mismatch.world import WEIGHT_DECAY
+
+
+def ensemble(n_members: int = 5, n_elites: int = 3, **kwargs) -> Dynamics:
+    """Members that differ visibly, on targets of different scales."""
+    th.manual_seed(0)
+    dynamics = Dynamics(3, 2, n_members, n_elites, **{"net_arch": [8, 8], **kwargs})
+    with th.no_grad():
+        for layer in (*dynamics.body.layers, *dynamics.end.layers):
+            layer.weight.normal_()
+            layer.bias.normal_()
+    dynamics.inputs.fit(3 * th.randn(50, 5) + 1)
+    dynamics.next_observations.fit(2 * th.randn(50, 3) - 1)
+    dynamics.targets.fit(th.tensor([0.1, 1.0, 10.0, 100.0]) * th.randn(50, 4) + 5)
+    dynamics.holdout_loss.copy_(th.tensor([0.5, 0.1, 0.4, 0.2, 0.3])[:n_members])
+    return dynamics
+
+
+def certain(dynamics: Dynamics) -> Dynamics:
+    """The same members without noise."""
+    with th.no_grad():
+        dynamics.max_log_var.fill_(-60)
+        dynamics.min_log_var.fill_(-90)
+    return dynamics
+
+
+def by_hand(dynamics: Dynamics, member: int, s: th.Tensor, a: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """One member's mean and log-variance by ordinary linear layers: (N, obs_dim + 1) each."""
+    x = (th.cat([s, a], dim=1) - dynamics.inputs.mean) / dynamics.inputs.std
+    *hidden, last = dynamics.body.layers
+    for layer in hidden:
+        x = x @ layer.weight[member] + layer.bias[member]
+        if dynamics.body.layer_norm:
+            x = (x - x.mean(dim=1, keepdim=True)) / (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+        x = x * x.sigmoid()
+    out = x @ last.weight[member] + last.bias[member]
+    mean, log_var = out[:, :4], 5 * out[:, 4:]
+    log_var = dynamics.max_log_var[member] - F.softplus(dynamics.max_log_var[member] - log_var)
+    return mean, dynamics.min_log_var[member] + F.softplus(log_var - dynamics.min_log_var[member])
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_batched_members_are_the_members(layer_norm):
+    dynamics = ensemble(layer_norm=layer_norm)
+    s, a = th.randn(5, 7, 3), th.randn(5, 7, 2)
+    everyone = dynamics(s, a)
+    some = dynamics(s[:2], a[:2], th.tensor([4, 1]))
+    for member in range(5):
+        mean, log_var = by_hand(dynamics, member, s[member], a[member])
+        assert_close(everyone.mean[member], mean)
+        assert_close(everyone.log_var[member], log_var)
+    for block, member in enumerate([4, 1]):
+        mean, log_var = by_hand(dynamics, member, s[block], a[block])
+        assert_close(some.mean[block], mean)
+        assert_close(some.log_var[block], log_var)
+
+
+def test_log_variances_keep_their_bounds():
+    dynamics = ensemble()
+    log_var = dynamics(1e3 * th.randn(5, 50, 3), 1e3 * th.randn(5, 50, 2)).log_var
+    assert log_var.max() <= 0.5 + 1e-3
+    assert log_var.min() >= -10
+    # Both ends are reached: softplus has let go.
+    assert log_var.max() > 0.4
+    assert log_var.min() < -9.9
+
+
+@pytest.mark.parametrize("predicts", ["difference", "state"])
+def test_certain_sample_is_the_members_mean(predicts):
+    dynamics = certain(ensemble(predicts=predicts))
+    s, a = th.randn(5, 4, 3), th.randn(5, 4, 2)
+    next_s, reward = dynamics.rsample(s, a)
+    for member in range(5):
+        mean, _ = by_hand(dynamics, member, s[member], a[member])
+        raw = mean * dynamics.targets.std + dynamics.targets.mean
+        assert_close(next_s[member], raw[:, :3] + (s[member] if predicts == "difference" else 0), rtol=1e-4, atol=1e-4)
+        assert_close(reward[member], raw[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 300, 301])
+def test_every_row_is_sampled_from_one_elite(n):
+    """Members 1, 3, 4 have the lowest losses on held-out rows; rows keep their order."""
+    dynamics = certain(ensemble())
+    assert sorted(dynamics.elites.tolist()) == [1, 3, 4]
+    s, a = th.randn(n, 3), th.randn(n, 2)
+    next_s, reward = dynamics.sample(s, a)
+    assert next_s.shape == (n, 3)
+    assert reward.shape == (n, 1)
+    drawn = th.cat([next_s, reward], dim=1)
+    each = th.stack([th.cat(dynamics.rsample(s[None], a[None], th.tensor([k])), dim=2)[0] for k in (1, 3, 4)])
+    distance = (each - drawn).abs().amax(dim=2)
+    assert (distance.amin(dim=0) < 1e-3).all()
+    assert ((distance < 1e-3).sum(dim=0) == 1).all()
+    shares = distance.argmin(dim=0).bincount(minlength=3)
+    assert shares.max() <= -(-n // 3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_every_elite_may_serve_every_row(n):
+    """Of 600 draws each elite serves about a third of any row: 200 ± 5 standard deviations."""
+    dynamics = certain(ensemble())
+    s, a = th.randn(n, 3), th.randn(n, 2)
+    each = th.stack([dynamics.rsample(s[None], a[None], th.tensor([k]))[0][0] for k in (1, 3, 4)])
+    served = th.stack([(each - dynamics.sample(s, a)[0]).abs().amax(dim=2).argmin(dim=0) for _ in range(600)])
+    for row in range(n):
+        assert ((served[:, row].bincount(minlength=3) - 200).abs() < 5 * 12).all()
+
+
+def test_samples_have_the_predicted_spread():
+    dynamics = ensemble(1, 1)
+    s, a = th.randn(1, 3), th.randn(1, 2)
+    _, log_var = by_hand(dynamics, 0, s, a)
+    next_s, reward = dynamics.sample(s.expand(20_000, 3), a.expand(20_000, 2))
+    std = th.cat([next_s, reward], dim=1).std(dim=0)
+    assert_close(std, (0.5 * log_var[0]).exp() * dynamics.targets.std, rtol=0.03, atol=0)
+
+
+def test_sample_carries_no_gradient_and_rsample_does():
+    dynamics = ensemble()
+    assert not dynamics.sample(th.randn(4, 3), th.randn(4, 2))[0].requires_grad
+    assert dynamics.rsample(th.randn(5, 4, 3), th.randn(5, 4, 2))[0].requires_grad
+
+
+def test_imagination_stays_near_the_data():
+    """s' and r leave the range of the data by half of it at most."""
+    dynamics = ensemble()
+    dynamics.low.copy_(th.tensor([0.0, -1.0, -10.0, 2.0]))
+    dynamics.high.copy_(th.tensor([1.0, 1.0, 10.0, 2.0]))
+    next_s, reward = dynamics.decode(th.zeros(200, 3), 1e3 * th.randn(200, 4))
+    assert_close(next_s.amin(dim=0), th.tensor([-0.5, -2.0, -20.0]))
+    assert_close(next_s.amax(dim=0), th.tensor([1.5, 2.0, 20.0]))
+    assert_close(reward, th.full((200, 1), 2.0))
+
+
+def test_nll_is_the_gaussians():
+    dynamics = ensemble()
+    s, a, s2, r = th.randn(5, 7, 3), th.randn(5, 7, 2), th.randn(5, 7, 3), 100 * th.randn(5, 7, 1)
+    nll = dynamics.nll(s, a, s2, r)
+    for member in range(5):
+        mean, log_var = by_hand(dynamics, member, s[member], a[member])
+        target = (th.cat([s2 - s, r], dim=2)[member] - dynamics.targets.mean) / dynamics.targets.std
+        expected = -th.distributions.Normal(mean, (0.5 * log_var).exp()).log_prob(target).sum(dim=1)
+        # Up to a constant, half a log 2π for each of four dimensions.
+        assert_close(nll[member], expected - 2 * math.log(2 * math.pi), rtol=1e-4, atol=1e-4)
+
+
+def test_squared_error_is_per_target():
+    dynamics = ensemble()
+    s, a = th.randn(5, 7, 3), th.randn(5, 7, 2)
+    mean = dynamics(s, a).mean
+    wrong = mean + th.tensor([0.0, 1.0, 2.0, 3.0])
+    raw = dynamics.targets.inverse(wrong)
+    error = dynamics.squared_error(s, a, s + raw[..., :3], raw[..., 3:])
+    assert_close(error, th.tensor([0.0, 1.0, 4.0, 9.0]).repeat(5, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_end_probability_is_the_members_mean():
+    dynamics = ensemble(end_arch=[])
+    s2 = th.randn(6, 3)
+    x = (s2 - dynamics.next_observations.mean) / dynamics.next_observations.std
+    (layer,) = dynamics.end.layers
+    each = [(x @ layer.weight[k] + layer.bias[k]).sigmoid() for k in range(5)]
+    assert_close(dynamics.end_probability(s2), sum(each) / 5)
+    assert_close(dynamics.end_logits(s2.expand(5, -1, -1)).sigmoid(), th.stack(each))
+
+
+def test_heads_that_have_learned_nothing_see_no_end():
+    assert Dynamics(3, 2).end_probability(th.randn(100, 3)).max() < 0.05
+
+
+def test_disagreement_is_the_spread_of_the_means():
+    dynamics = ensemble()
+    s, a = th.randn(6, 3), th.randn(6, 2)
+    means = th.stack([by_hand(dynamics, k, s, a)[0] for k in range(5)])
+    assert_close(dynamics.disagreement(s, a), means.std(dim=0).mean(dim=1, keepdim=True))
+
+
+def test_new_members_differ():
+    th.manual_seed(0)
+    layer = EnsembleLinear(4, 100, 30)
+    assert len({member.sum().item() for member in layer.weight}) == 4
+    # mbpo/models/bnn.py: a normal of 1 / (2 √100), cut at twice that.
+    assert layer.weight.abs().max() <= 0.1
+    assert layer.weight.std().item() == pytest.approx(0.88 * 0.05, rel=0.02)
+
+
+def test_standardizer_by_hand():
+    scale = Standardizer(2)
+    scale.fit(th.tensor([[1.0, 7.0], [3.0, 7.0]]))
+    assert_close(scale.transform(th.tensor([[4.0, 9.0]])), th.tensor([[2.0, 2.0]]))
+    assert_close(scale.inverse(th.tensor([[2.0, 2.0]])), th.tensor([[4.0, 9.0]]))
+
+
+def test_weight_decay_grows_towards_the_output():
+    """Layer by layer as MBPO's with its four hidden layers; stretched or cut for others; biases are left alone."""
+    for depth, decays in [(4, [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]), (2, [2.5e-5, 7.5e-5, 1e-4]), (0, [1e-4])]:
+        dynamics = Dynamics(3, 2, net_arch=[4] * depth)
+        groups = dynamics.parameter_groups(WEIGHT_DECAY)
+        assert [group["weight_decay"] for group in groups] == [*decays, 0.0]
+        for group, layer in zip(groups[:-1], dynamics.body.layers, strict=True):
+            assert group["params"] == [layer.weight] or group["params"][0] is layer.weight
+        counted = [p for group in groups for p in group["params"]]
+        assert len({id(p) for p in counted}) == len(counted) == len(list(dynamics.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"predicts": "velocity"}, "predicts='velocity' is unknown: use 'difference' or 'state'"),
+        ({"n_members": 2, "n_elites": 3}, "n_elites=3 must lie between 1 and n_members=2"),
+        ({"n_elites": 0}, "n_elites=0 must lie between 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Dynamics(3, 2, **settings)

@@ -1,0 +1,426 @@
+"""Fits against a linear system, and the rows, members and steps that a fit uses."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch as th
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from toys import LinearSystem, rows_of
+
+from sb3_mismatch.buffers import RealTransitions
+from sb3_mismatch.classifier import Classifier
+from sb3_mismatch.dynamics import Dynamics
+from sb3_mismatch.fitting import FitSettings, Terms, fit_dynamics, split_holdout
+from sb3_mismatch.objectives import OBJECTIVES, Objective
+
+
+def likelihood(dynamics: Dynamics) -> Callable:
+    return lambda rows: dynamics.nll(*rows[:3], rows.rewards).mean(dim=1)
+
+
+def fit(dynamics: Dynamics, data: RealTransitions, lr: float = 1e-3, loss=None, optimizer=None, **changed):
+    optimizer = optimizer or th.optim.Adam(dynamics.parameters(), lr=lr)
+    return fit_dynamics(dynamics, optimizer, data, loss or likelihood(dynamics), FitSettings(**changed))
+
+
+def numbered(n: int) -> RealTransitions:
+    """Rows whose state is their number: a fit's minibatches tell which rows it uses."""
+    number = th.arange(n, dtype=th.float32).unsqueeze(1)
+    return rows_of(number, th.zeros(n, 1), number + 1)
+
+
+def used(data: RealTransitions, dynamics: Dynamics | None = None, **changed) -> list[list[set[int]]]:
+    """The rows that each member trained on, minibatch by minibatch: [member][step]."""
+    dynamics = dynamics or Dynamics(1, 1, net_arch=[4], end_arch=[4])
+    batches = []
+
+    def watch(rows):
+        if th.is_grad_enabled():
+            batches.append(rows.observations.squeeze(2).long())
+        return likelihood(dynamics)(rows)
+
+    fit(dynamics, data, loss=watch, **{"patience": 10**6, **changed})
+    return [[set(batch[member].tolist()) for batch in batches] for member in range(dynamics.n_members)]
+
+
+# -- what is learned --
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A fitted linear system."""
+    th.manual_seed(0)
+    system = LinearSystem()
+    dynamics = Dynamics(3, 1, n_members=3, n_elites=3, net_arch=[32, 32])
+    data = system.draw(5000)
+    optimizer = th.optim.Adam(dynamics.parameters())
+    for lr in (3e-3, 3e-4):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        log = fit(dynamics, data, optimizer=optimizer, max_steps=400, batch_size=256, patience=50)
+    return system, dynamics, data, log
+
+
+def mean_outcome(dynamics: Dynamics, s: th.Tensor, a: th.Tensor) -> th.Tensor:
+    """The ensemble's mean [s', r] at (n, .)."""
+    k = dynamics.n_members
+    mean = dynamics(s.expand(k, -1, -1), a.expand(k, -1, -1)).mean
+    return th.cat(dynamics.decode(s, mean), dim=2).mean(dim=0)
+
+
+def test_linear_system_is_recovered(linear):
+    """The matrices by finite differences of the ensemble's mean, averaged over the bulk of the states."""
+    system, dynamics, _, _ = linear
+    th.manual_seed(1)
+    s, a = th.randn(500, 3).clamp(-1.5, 1.5), 1.6 * th.rand(500, 1) - 0.8
+    inputs = th.cat([s, a], dim=1)
+    slopes = []
+    with th.no_grad():
+        for i in range(4):
+            step = 0.2 * th.eye(4)[i]
+            up, down = (mean_outcome(dynamics, x[:, :3], x[:, 3:]) for x in (inputs + step, inputs - step))
+            slopes.append(((up - down) / 0.4).mean(dim=0))
+        prediction = mean_outcome(dynamics, s, a)
+    found = th.stack(slopes, dim=1)
+    reward = th.cat([system.w, th.tensor([system.v])])
+    truth = th.cat([th.cat([system.A, system.B], dim=1), reward.unsqueeze(0)])
+    print(f"\nlargest error of a coefficient: {(found - truth).abs().max().item():.3f}")
+    assert_close(found, truth, atol=0.05, rtol=0)
+    # Point by point the mean is right to a fraction of the noise.
+    error = (prediction - inputs @ truth.T).square().mean(dim=0).sqrt()
+    print(f"root mean squared error of the mean over the noise: {(error / system.noise).tolist()}")
+    assert (error < 0.4 * system.noise).all()
+
+
+def test_noise_of_a_linear_system_is_recovered(linear):
+    system, dynamics, data, _ = linear
+    s, a = (x[:2000].expand(3, -1, -1) for x in data.batch[:2])
+    with th.no_grad():
+        std = (0.5 * dynamics(s, a).log_var).exp() * dynamics.targets.std
+    ratio = std.mean(dim=(0, 1)) / system.noise
+    print(f"\npredicted noise over the true: {ratio.tolist()}")
+    assert_close(ratio, th.ones(4), atol=0.15, rtol=0)
+
+
+def test_log_tells_the_errors_that_noise_leaves(linear):
+    system, dynamics, _, log = linear
+    floor = (system.noise / dynamics.targets.std).square()
+    assert log["dynamics/state_error"] == pytest.approx(floor[:3].mean().item(), rel=0.15)
+    assert log["dynamics/reward_error"] == pytest.approx(floor[3].item(), rel=0.2)
+    # The likelihood's entropy term, log σ + ½ for each target.
+    assert log["dynamics/nll"] == pytest.approx((0.5 * floor.log() + 0.5).sum().item(), abs=0.3)
+
+
+def test_members_disagree_off_the_data(linear):
+    _, dynamics, data, _ = linear
+    s, a = data.batch.observations[:1000], data.batch.actions[:1000]
+    near, far = dynamics.disagreement(s, a).mean(), dynamics.disagreement(s + 8 * s.sign(), a).mean()
+    print(f"\ndisagreement on the data {near.item():.4f}, off it {far.item():.4f}")
+    assert far > 10 * near
+    assert near > 0
+
+
+@pytest.mark.parametrize("predicts", ["difference", "state"])
+def test_scales_of_targets_do_not_matter(predicts):
+    """A reward of 1e4 beside states of 1e-3: both are learned (one scale for all would leave one of them)."""
+    th.manual_seed(0)
+    s, a = 1e-3 * th.randn(1000, 2), th.randn(1000, 1)
+    data = rows_of(s, a, s + 1e-3 * a, 1e4 * a)
+    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16], predicts=predicts), data, lr=1e-2, max_steps=300, patience=100)
+    assert log["dynamics/state_error"] < 0.02
+    assert log["dynamics/reward_error"] < 0.02
+
+
+def test_constant_targets_are_learned_exactly():
+    """A reward of 1 at every step, as InvertedPendulum's."""
+    data = rows_of(th.randn(200, 2), th.randn(200, 1), th.randn(200, 2), th.ones(200, 1))
+    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+    fit(dynamics, data, max_steps=20)
+    assert_close(dynamics.sample(th.randn(50, 2), th.randn(50, 1))[1], th.ones(50, 1))
+
+
+def test_scales_and_range_are_the_training_rows():
+    data = numbered(100)
+    dynamics = Dynamics(1, 1, net_arch=[4])
+    fit(dynamics, data, max_steps=1)
+    train, _ = split_holdout(data, FitSettings())
+    rows = data.batch.observations[train]
+    assert_close(dynamics.inputs.mean[0], rows.mean())
+    assert_close(dynamics.inputs.std[0], rows.std(correction=0))
+    assert_close(dynamics.low, th.stack([rows.min(), th.tensor(0.0)]))
+    assert_close(dynamics.high, th.stack([rows.max() + 1, th.tensor(0.0)]))
+
+
+# -- which rows are used --
+
+
+def test_each_member_sees_its_own_bootstrap_for_a_whole_fit():
+    """
+    With replacement from n rows a member meets 1 - 1/e of them: always the same, for redrawn ones would soon
+    be all of them. Of two members' sets 1 - 1/e is shared in the mean.
+    """
+    th.manual_seed(0)
+    data = numbered(500)
+    train = set(split_holdout(data, FitSettings())[0].tolist())
+    seen = [set().union(*steps) for steps in used(data, max_steps=60, batch_size=256)]
+    for rows in seen:
+        assert rows <= train
+        assert len(rows) == pytest.approx((1 - math.exp(-1)) * len(train), rel=0.1)
+    for i, one in enumerate(seen):
+        for other in seen[:i]:
+            assert len(one & other) / len(one) == pytest.approx(1 - math.exp(-1), abs=0.1)
+
+
+def test_members_minibatches_differ():
+    steps = used(numbered(500), max_steps=3, batch_size=32)
+    for step in range(3):
+        assert len({frozenset(member[step]) for member in steps}) == len(steps)
+
+
+def test_held_out_rows_are_never_trained_on():
+    """Over warm-started fits, while the replay buffer grows past the most that is held out."""
+    dynamics, trained = Dynamics(1, 1, net_arch=[4], end_arch=[4]), set()
+    for n in (60, 100, 101, 350, 800):
+        data = numbered(n)
+        _, holdout = split_holdout(data, FitSettings(max_holdout=40))
+        now = set().union(*(rows for member in used(data, dynamics, max_steps=30, max_holdout=40) for rows in member))
+        trained |= now
+        assert not trained & set(holdout.tolist())
+        assert len(holdout) == pytest.approx(min(0.2 * n, 40), abs=2)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.integers(2, 3000), st.floats(0.05, 0.9), st.integers(1, 500), st.integers(1, 7))
+def test_split_is_one_and_stands_still(n, ratio, most, stride):
+    """Two disjoint sets, all rows between them; a row once trained on is never held out later."""
+    config = FitSettings(holdout_ratio=ratio, max_holdout=most)
+
+    def split(rows: int) -> tuple[set[int], set[int]]:
+        position = stride * th.arange(rows)
+        batch = rows_of(*[th.zeros(rows, 1)] * 3).batch
+        train, holdout = split_holdout(RealTransitions(batch, position), config)
+        return set(position[train].tolist()), set(position[holdout].tolist())
+
+    train, holdout = split(n)
+    if train == holdout:
+        assert len(train) == n
+        return
+    assert train | holdout == set((stride * th.arange(n)).tolist())
+    assert not train & holdout
+    later_train, later_holdout = split(2 * n)
+    assert later_train == later_holdout or not train & later_holdout
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_few_rows_and_any_batch_size(n, batch_size):
+    dynamics = Dynamics(1, 1, net_arch=[4])
+    log = fit(dynamics, numbered(n), max_steps=3, batch_size=batch_size)
+    assert all(math.isfinite(value) for value in log.values())
+    assert all(parameter.isfinite().all() for parameter in dynamics.parameters())
+
+
+def test_nothing_held_out_by_wish():
+    train, holdout = split_holdout(numbered(10), FitSettings(holdout_ratio=0.0))
+    assert train.tolist() == holdout.tolist() == list(range(10))
+
+
+# -- which parameters are kept --
+
+
+def noise(n: int = 400) -> RealTransitions:
+    return rows_of(th.randn(n, 2), th.randn(n, 1), th.randn(n, 2), th.randn(n, 1), (th.rand(n, 1) < 0.1).float())
+
+
+def holdout_losses(dynamics: Dynamics, data: RealTransitions) -> th.Tensor:
+    """-log q of the held-out rows, per target: (E,)."""
+    _, holdout = split_holdout(data, FitSettings())
+    rows = [c[holdout].expand(dynamics.n_members, -1, -1) for c in data.batch[:5]]
+    with th.no_grad():
+        return dynamics.nll(*rows[:3], rows[4]).mean(dim=1) / 3
+
+
+def test_elites_have_the_lowest_loss_on_held_out_rows():
+    th.manual_seed(0)
+    data, dynamics = noise(), Dynamics(2, 1, n_members=6, n_elites=2, net_arch=[16])
+    fit(dynamics, data, max_steps=50)
+    losses = holdout_losses(dynamics, data)
+    assert_close(dynamics.holdout_loss, losses)
+    assert len(losses.unique()) == 6
+    assert set(dynamics.elites.tolist()) == set(losses.argsort()[:2].tolist())
+
+
+def test_steps_that_make_it_worse_are_undone():
+    """With a learning rate of 10 every step is for the worse: all parameters are as before, in value."""
+    th.manual_seed(0)
+    data, dynamics = noise(), Dynamics(2, 1, 3, 2, net_arch=[8])
+    fit(dynamics, data, lr=1e-2, max_steps=200)
+    before = {name: p.clone() for name, p in dynamics.named_parameters()}
+    log = fit(dynamics, data, lr=10.0, max_steps=40)
+    assert log["dynamics/fit_steps"] == 40
+    for name, parameter in dynamics.named_parameters():
+        assert th.equal(parameter, before[name]), name
+
+
+def test_members_are_kept_one_by_one():
+    """Member 0 steps towards the data and member 1 away: the former keeps its step, the latter its start."""
+    th.manual_seed(0)
+    system, dynamics = LinearSystem(), Dynamics(3, 1, 2, 1, net_arch=[16])
+    data = system.draw(400)
+    start = [layer.weight.detach().clone() for layer in dynamics.body.layers]
+    sign = th.tensor([1.0, -1.0])
+
+    def torn(rows):
+        return likelihood(dynamics)(rows) * (sign if th.is_grad_enabled() else 1)
+
+    fit(dynamics, data, loss=torn, max_steps=60)
+    for layer, old in zip(dynamics.body.layers, start, strict=True):
+        assert not th.equal(layer.weight[0], old[0])
+        assert th.equal(layer.weight[1], old[1])
+
+
+def test_held_out_loss_never_rises_over_warm_starts():
+    th.manual_seed(0)
+    data, dynamics = noise(), Dynamics(2, 1, 3, 2, net_arch=[8])
+    optimizer = th.optim.Adam(dynamics.parameters(), lr=0.03)
+    losses = []
+    for _ in range(4):
+        fit(dynamics, data, optimizer=optimizer, max_steps=40)
+        losses.append(dynamics.holdout_loss.clone())
+    for earlier, later in pairwise(losses):
+        assert (later <= earlier + 1e-6).all()
+
+
+def test_cap_on_steps():
+    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+    assert fit(dynamics, noise(), max_steps=33, patience=1000)["dynamics/fit_steps"] == 33
+
+
+def test_early_stop():
+    """Without learning no check sees progress: three checks, 50 steps apart, and the fit stops."""
+    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+    assert fit(dynamics, noise(), lr=0.0, max_steps=1000, patience=3)["dynamics/fit_steps"] == 150
+
+
+def test_fit_that_is_not_finite_is_told():
+    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+    with th.no_grad():
+        dynamics.body.layers[0].bias.fill_(math.nan)
+    with pytest.raises(
+        ValueError, match=r"loss on held-out rows is not finite: lower dynamics_kwargs\['learning_rate'\]"
+    ):
+        fit(dynamics, noise(), max_steps=20)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "classifier_steps", "batch_size", "max_holdout", "patience"])
+def test_settings_out_of_range_are_refused(name):
+    with pytest.raises(ValueError, match=rf"fit_kwargs\['{name}'\]=0 must be a whole number of at least 1"):
+        FitSettings(**{name: 0})
+    with pytest.raises(ValueError, match=r"holdout_ratio'\]=0.95 must .* lie between 0 and 0.9"):
+        FitSettings(holdout_ratio=0.95)
+
+
+# -- what the dynamics are trained for --
+
+
+def terms(row: Objective, n: int = 30) -> tuple[Terms, Dynamics, SimpleNamespace]:
+    th.manual_seed(0)
+    dynamics = Dynamics(2, 1, 3, 2, net_arch=[8])
+    classifier = Classifier(2, 1, net_arch=(8,)).eval()
+    rows = SimpleNamespace(
+        observations=th.randn(3, n, 2),
+        actions=th.randn(3, n, 1),
+        next_observations=th.randn(3, n, 2),
+        rewards=th.randn(3, n, 1),
+    )
+    return Terms(row, dynamics, classifier, lambda s: s.sum(dim=1, keepdim=True), rows), dynamics, rows
+
+
+def test_terms_are_weighted_means_of_each_member():
+    row = Objective(
+        reward=OBJECTIVES["vmbpo"].reward,
+        model_loss=OBJECTIVES["vmbpo"].model_loss,
+        likelihood_weight=2.0,
+        adversarial_weight=0.5,
+    )
+    ours, dynamics, rows = terms(row)
+    nll = dynamics.nll(rows.observations, rows.actions, rows.next_observations, rows.rewards)
+    assert_close(ours.nll, 2 * nll.mean(dim=1))
+    s, a, s2 = ours._drawn
+    assert s.shape == (3, 10, 2)
+    assert_close(s, rows.observations[:, :10])
+    assert_close(ours.value, 0.5 * s2.sum(dim=2).mean(dim=1))
+    assert_close(ours.log_ratio, 0.5 * ours._classifier(s, a, s2).mean(dim=(1, 2)))
+
+
+def test_value_and_realism_reach_each_members_own_parameters():
+    """Through the reparameterised draw, and one member's loss no other's."""
+    for name in ("value", "log_ratio"):
+        ours, dynamics, _ = terms(OBJECTIVES["vmbpo"])
+        getattr(ours, name)[1].backward()
+        gradient = dynamics.body.layers[-1].weight.grad
+        assert gradient is not None
+        assert gradient[1].abs().sum() > 0
+        assert gradient[0].abs().sum() == gradient[2].abs().sum() == 0
+
+
+def test_few_rows_still_draw():
+    ours, *_ = terms(OBJECTIVES["vmbpo"], n=1)
+    assert ours.value.shape == ours.log_ratio.shape == (3,)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_fit_leaves_the_classifier_alone(name):
+    th.manual_seed(0)
+    row, data = OBJECTIVES[name], noise()
+    dynamics, classifier = Dynamics(2, 1, 2, 1, net_arch=[8]), Classifier(2, 1, net_arch=(8,)).eval()
+    before = [p.clone() for p in classifier.parameters()]
+
+    def loss(rows):
+        return row.model_loss(Terms(row, dynamics, classifier, lambda s: s.sum(dim=1, keepdim=True), rows), 0.9)
+
+    fit(dynamics, data, loss=loss, max_steps=5)
+    for parameter, old in zip(classifier.parameters(), before, strict=True):
+        assert th.equal(parameter, old)
+        assert parameter.grad is None
+
+
+def test_optimistic_dynamics_lean_towards_value():
+    """
+    On s' = N(0, 1) with V(s') = s' and the exact log-ratio, joint_loss alone moves the mean to γ: q ∝ p exp(γV) is
+    N(γ, 1).
+    """
+    th.manual_seed(0)
+    data = rows_of(th.randn(2000, 1), th.randn(2000, 1), th.randn(2000, 1))
+    dynamics = Dynamics(1, 1, 2, 2, net_arch=[8], predicts="state")
+    fit(dynamics, data, lr=1e-2, max_steps=200)
+    row, gamma, optimizer = OBJECTIVES["mnm"], 0.9, th.optim.Adam(dynamics.parameters(), lr=3e-3)
+
+    class Exact(Terms):
+        @property
+        def nll(self):
+            return th.zeros(2)
+
+        @property
+        def log_ratio(self):
+            s, a, s2 = self._drawn
+            mean, log_var = self._dynamics(s, a)
+            scale, shift = self._dynamics.targets.std[0], self._dynamics.targets.mean[0]
+            q = th.distributions.Normal(mean[..., :1] * scale + shift, (0.5 * log_var[..., :1]).exp() * scale)
+            return (th.distributions.Normal(0.0, 1.0).log_prob(s2) - q.log_prob(s2)).mean(dim=(1, 2))
+
+    for _ in range(300):
+        index = th.randint(2000, (2, 256))
+        rows = type(data.batch)(*(c[index] for c in data.batch[:5]))
+        loss = row.model_loss(Exact(row, dynamics, None, lambda s: s, rows), gamma).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = dynamics.sample(th.randn(5000, 1), th.randn(5000, 1))[0]
+    assert drawn.mean().item() == pytest.approx(gamma, abs=0.1)
+    assert drawn.std().item() == pytest.approx(1.0, abs=0.1)
