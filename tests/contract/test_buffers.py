@@ -211,7 +211,7 @@ def test_c12_imagined_rows_are_lazy_bounded_and_not_saved():
     assert len(MnM.load(archive, device="cpu").world.imagined) == 0
 
 
-def test_c_dicts_are_read_by_key():
+def test_c3_dicts_are_read_by_key():
     space = spaces.Dict({"a": spaces.Box(-9, 9, (2,)), "b": spaces.Box(-9, 9, (1,))})
     model = trained(BoxEnv(space), 60)
     data = model._real_transitions().batch

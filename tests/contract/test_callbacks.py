@@ -148,7 +148,7 @@ def test_h8_attributes_are_told_in_few_words():
             assert len(str(value)) < 2000, name
 
 
-def test_h_checkpoints_with_buffer_and_statistics(tmp_path):
+def test_g15_checkpoints_with_buffer_and_statistics(tmp_path):
     model = agent(VecNormalize(environments(2, BoxEnv)))
     callback = CheckpointCallback(30, str(tmp_path), save_replay_buffer=True, save_vecnormalize=True)
     model.learn(120, callback)
@@ -165,7 +165,7 @@ def test_h_checkpoints_with_buffer_and_statistics(tmp_path):
     assert model.learn(60, reset_num_timesteps=False).num_timesteps == 120
 
 
-def test_h_evaluation_keeps_the_best_model(tmp_path):
+def test_g15_evaluation_keeps_the_best_model(tmp_path):
     callback = EvalCallback(
         environments(1, BoxEnv),
         eval_freq=40,
@@ -183,13 +183,13 @@ def test_h_evaluation_keeps_the_best_model(tmp_path):
     assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [40, 80]
 
 
-def test_h_progress_bar(capsys):
+def test_d2_progress_bar(capsys):
     model = agent().learn(60, progress_bar=True)
     assert model.num_timesteps == 60
     assert "60/60" in capsys.readouterr().out.replace(" ", "")
 
 
-def test_h_logs_are_read_back_from_every_format(tmp_path):
+def test_h1_logs_are_read_back_from_every_format(tmp_path):
     model = agent()
     model.set_logger(configure(str(tmp_path), ["csv", "json", "log"]))
     model.learn(80, log_interval=1)

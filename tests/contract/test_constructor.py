@@ -168,7 +168,7 @@ def test_a9_the_world_learns_at_rates_of_its_own():
     assert {group["lr"] for group in model.world.classifier_optimizer.param_groups} == {0.02}
 
 
-def test_a_action_noise_and_every_form_of_ent_coef_construct():
+def test_a1_action_noise_and_every_form_of_ent_coef_construct():
     for ent_coef in ("auto", "auto_0.1", 0.1):
         noise = NormalActionNoise(np.zeros(2), np.ones(2))
         model = MnM("MlpPolicy", BoxEnv(), action_noise=noise, **sac_settings(ent_coef=ent_coef))

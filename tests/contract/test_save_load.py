@@ -285,7 +285,7 @@ def test_g16_a_loaded_world_neither_refits_nor_serves_stale_rows(agent, monkeypa
 
 
 @pytest.mark.parametrize("kind", [MnM, VMBPO, MBPO])
-def test_g_each_class_returns_as_itself(kind):
+def test_g1_each_class_returns_as_itself(kind):
     model = kind("MlpPolicy", BoxEnv(), **small())
     copy = copied(model)
     assert type(copy) is kind
@@ -303,7 +303,7 @@ def own_model():
     return MnM("MlpPolicy", BoxEnv(), **small(objective=Objective(reward, likelihood_loss), **functions))
 
 
-def test_g_objectives_and_functions_of_the_users_return(monkeypatch):
+def test_g2_objectives_and_functions_of_the_users_return(monkeypatch):
     archive = archived(own_model())
     assert not {"objective", "termination_fn", "reward_fn"} & set(data_of(archive))
     model = MnM.load(archive, device="cpu", env=BoxEnv())
@@ -326,7 +326,7 @@ class Here:
         return actions[:, 0]
 
 
-def test_g_functions_that_cannot_be_read_are_told_by_name(monkeypatch):
+def test_g7_functions_that_cannot_be_read_are_told_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "gone", type(sys)("gone"))
     monkeypatch.setattr(Here, "__module__", "gone")
     sys.modules["gone"].Here = Here
@@ -340,7 +340,7 @@ def test_g_functions_that_cannot_be_read_are_told_by_name(monkeypatch):
     assert MnM.load(archive, device="cpu", custom_objects={"reward_fn": None}).reward_fn is None
 
 
-def test_g_replay_buffers_are_saved_beside(agent, tmp_path):
+def test_c1_replay_buffers_are_saved_beside(agent, tmp_path):
     agent.save_replay_buffer(tmp_path / "buffer")
     model = copied(agent, env=environments(1, BoxEnv))
     model.load_replay_buffer(tmp_path / "buffer.pkl")

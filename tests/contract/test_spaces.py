@@ -229,7 +229,7 @@ def test_b14_the_policy_is_sacs_own():
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
-def test_b_sb3s_environment_of_identity(n_envs):
+def test_b2_sb3s_environment_of_identity(n_envs):
     env = DummyVecEnv([lambda: IdentityEnvBox(eps=0.5)] * n_envs)
     model = learned(env, 60 * n_envs)
     action, _ = model.predict(env.reset(), deterministic=True)

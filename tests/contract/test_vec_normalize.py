@@ -126,7 +126,7 @@ def test_f6_norm_obs_keys():
     assert (batch.observations["scaled"].abs() < 10).all()
 
 
-def test_f_statistics_and_agent_are_saved_and_loaded_together(tmp_path):
+def test_f5_statistics_and_agent_are_saved_and_loaded_together(tmp_path):
     env = VecNormalize(environments(2, Large))
     model = trained(env, 120)
     model.save(tmp_path / "model")
@@ -140,7 +140,7 @@ def test_f_statistics_and_agent_are_saved_and_loaded_together(tmp_path):
     assert copied._fitted_at > 120
 
 
-def test_f_rewards_below_zero_have_logarithms_in_normalised_units():
+def test_f3_rewards_below_zero_have_logarithms_in_normalised_units():
     env = VecNormalize(environments(2, Large))
     model = trained(env, 120, objective="mnm", reward_shift="auto")
     assert model._fitted_at is not None
@@ -151,7 +151,7 @@ def test_f_rewards_below_zero_have_logarithms_in_normalised_units():
 
 
 @pytest.mark.parametrize("statistics", [{"norm_obs": False}, {"norm_reward": False}], ids=["rewards", "observations"])
-def test_f_either_may_be_left_raw(statistics):
+def test_f2_either_may_be_left_raw(statistics):
     model, row = normalized(normalize=statistics)
     env, batch = model.get_vec_normalize_env(), served(model)
     assert_close(batch.observations[:1].numpy(), env.normalize_obs(row.observations.numpy()), rtol=1e-4, atol=1e-4)
