@@ -154,7 +154,8 @@ def test_an_objective_of_ones_own(monkeypatch):
         return terms.nll
 
     trained(steps=70, objective=Objective(reward, model_loss, uses_classifier=False), real_ratio=0.5)
-    assert len(fitted) == 5
+    assert len(fitted) >= 5
+    assert set(fitted) == {0.99}
     assert paid[-1].shape == (8, 1)
 
 
