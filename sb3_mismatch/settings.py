@@ -31,6 +31,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"objective={objective!r} is unknown: use one of {names}, or an Objective")
     if not isinstance(objective, str | Objective):
         raise TypeError(f"objective={objective!r} must be a name or an Objective")
+    row = OBJECTIVES[objective] if isinstance(objective, str) else objective
+    if row.takes_log and settings["n_steps"] > 1:
+        raise ValueError(
+            f"n_steps={settings['n_steps']} sums rewards before objective={objective!r} can take their logarithm: "
+            "use n_steps=1, or objective='mnm-approx'"
+        )
     check_number("real_ratio", settings["real_ratio"], 0, 1)
     for name in COUNTS:
         check_count(name, settings[name])

@@ -310,6 +310,7 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"log_ratio_weight": -1.0}, "log_ratio_weight=-1.0 must be finite and lie between 0 and inf"),
         ({"reward_shift": "automatic"}, "reward_shift='automatic' must be a number or 'auto'"),
         ({"reward_floor": 0.0}, "reward_floor=0.0"),
+        ({"objective": "mnm", "n_steps": 3}, "n_steps=3 sums rewards before objective='mnm' can take their logarithm"),
         ({"termination_fn": True}, "termination_fn=True must be a function of batched tensors, or None"),
         ({"reward_fn": "r"}, "reward_fn='r'"),
         ({"dynamics_kwargs": [200]}, "dynamics_kwargs=[200] must be a dict, or None"),
