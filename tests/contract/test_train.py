@@ -76,9 +76,9 @@ def test_e4_the_worlds_time_is_logged():
         assert 0 < model.logger.name_to_value[name] < 60, name
 
 
-@pytest.mark.parametrize("network", ["dynamics", "classifier"])
-def test_e5_a_world_that_is_not_finite_is_told_and_the_policy_kept(network):
-    model = trained(BoxEnv(), 60, real_ratio=0.0)
+@pytest.mark.parametrize(("network", "objective"), [("dynamics", "mbpo"), ("classifier", "mnm-approx")])
+def test_e5_a_world_that_is_not_finite_is_told_and_the_policy_kept(network, objective):
+    model = trained(BoxEnv(), 60, real_ratio=0.0, objective=objective)
     with th.no_grad():
         for parameter in getattr(model.world, network).parameters():
             parameter.fill_(np.nan)
