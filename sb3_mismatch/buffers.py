@@ -10,6 +10,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mismatch.imagination import ImaginedRows
 from sb3_mismatch.objectives import Payment
 from sb3_mismatch.observations import FlatObservations, Normalization
 from sb3_mismatch.randomness import RandomStreams
@@ -90,43 +91,23 @@ def real_transitions(
 
 
 class ImaginedBuffer:
-    """
-    The latest imagined transitions: raw flat rows on the device, the oldest overwritten first.
+    """What was imagined last, on the device: as long as it is here, today's classifier is the one that judged it."""
 
-    :param capacity: rows
-    """
-
-    def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"imagined_buffer_size={capacity} must be at least 1")
-        self.capacity = capacity
-        self._columns: list[th.Tensor] = []
-        self._position = 0
-        self._size = 0
+    def __init__(self) -> None:
+        self._rows: ImaginedRows | None = None
 
     def __len__(self) -> int:
-        return self._size
+        return 0 if self._rows is None else len(self._rows.rewards)
 
-    def add(self, batch: ReplayBufferSamples) -> None:
-        """Append rows; of more than ``capacity`` the last are kept."""
-        columns = [column[-self.capacity :] for column in batch[:5]]
-        n = len(columns[0])
-        if not self._columns:
-            self._columns = [c.new_empty((self.capacity, c.shape[1])) for c in columns]
-        places = (self._position + th.arange(n, device=columns[0].device)) % self.capacity
-        for mine, new in zip(self._columns, columns, strict=True):
-            mine[places] = new
-        self._position = (self._position + n) % self.capacity
-        self._size = min(self._size + n, self.capacity)
+    def replace(self, rows: ImaginedRows) -> None:
+        """Take these rows in place of those before."""
+        self._rows = rows
 
-    def sample(self, n: int) -> ReplayBufferSamples:
+    def sample(self, n: int) -> ImaginedRows:
         """``n`` rows drawn uniformly with replacement."""
-        index = th.randint(self._size, (n,), device=self._columns[0].device)
-        return ReplayBufferSamples(*(column[index] for column in self._columns))
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        self._columns, self._position, self._size = [], 0, 0
+        assert self._rows is not None
+        index = th.randint(len(self), (n,), device=self._rows.rewards.device)
+        return ImaginedRows(*(column[index] for column in self._rows))
 
 
 class MixedReplayBuffer(ReplayBuffer):
@@ -193,23 +174,23 @@ class MixedReplayBuffer(ReplayBuffer):
             scale = Normalization.of(env, self.flat, raw.rewards.device)
             observations, next_observations = scale.observation(observations), scale.observation(next_observations)
             rewards = scale.reward(rewards)
-        return raw._replace(
-            observations=observations, next_observations=next_observations, rewards=self.payment.imagined(raw, rewards)
-        )
+        gamma, n_steps = self.payment.gamma, rewards.shape[1]
+        paid = raw.alive * self.payment.imagined(rewards, raw.log_ratio, raw.alive)
+        returns = (gamma ** th.arange(n_steps, device=paid.device) * paid).sum(dim=1, keepdim=True)
+        discounts = th.full_like(returns, gamma**n_steps)
+        return ReplayBufferSamples(observations, raw.actions, next_observations, raw.dones, returns, discounts)
 
     def _mix(self, n_steps: int, n_real: int, n_imagined: int, env: VecNormalize | None) -> list[ReplayBufferSamples]:
         """``n_steps`` minibatches, each of ``n_real`` and ``n_imagined`` rows."""
         imagined = self._imagined(n_steps * n_imagined, env)
-        columns = {name: getattr(imagined, name) for name in ("actions", "dones", "rewards")}
+        columns = {name: getattr(imagined, name) for name in ("actions", "dones", "rewards", "discounts")}
         columns["observations"] = self.flat.unflatten(imagined.observations)
         columns["next_observations"] = self.flat.unflatten(imagined.next_observations)
         kind: type[Any] = DictReplayBufferSamples if self.flat.is_dict else ReplayBufferSamples
         if n_real > 0:
             real = self._real(n_steps * n_real, env)
-            kind = type(real)
-            if real.discounts is not None:
-                # One imagined step stands beside the real rows' n.
-                columns["discounts"] = th.full_like(imagined.rewards, self.payment.gamma)
+            if real.discounts is None:
+                real = real._replace(discounts=th.full_like(real.rewards, self.payment.gamma))
             columns = {name: _interleave(getattr(real, name), column, n_steps) for name, column in columns.items()}
         steps = {name: _split(column, n_steps) for name, column in columns.items()}
         return [kind(**{name: column[i] for name, column in steps.items()}) for i in range(n_steps)]

@@ -1,7 +1,7 @@
 """Imagined trajectories, branched from real states."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -12,8 +12,6 @@ from sb3_mismatch.terminations import Outcomes
 
 #: (n, obs_dim) raw flat observations -> (n, action_dim) actions in [-1, 1]
 Act = Callable[[th.Tensor], th.Tensor]
-#: raw flat rows -> r̃, (n, 1)
-Pay = Callable[[ReplayBufferSamples], th.Tensor]
 
 
 def horizon_at(horizon: int | Sequence[int], timesteps: int) -> int:
@@ -30,20 +28,94 @@ def horizon_at(horizon: int | Sequence[int], timesteps: int) -> int:
     return int(first + steps * (last - first) // span)
 
 
-@th.no_grad()
-def imagine(act: Act, dynamics: Dynamics, outcomes: Outcomes, starts: th.Tensor, horizon: int) -> ReplayBufferSamples:
+class Trajectories(NamedTuple):
     """
-    Trajectories of up to ``horizon`` steps from ``starts``, one elite per row and step.
+    Imagined trajectories side by side, step first: raw flat rows of shape (horizon, n, .).
+
+    :param dones: one where the episode ends at s'; the horizon is no end
+    :param alive: one where no end came before the step, (horizon, n, 1); other rows count for nothing
+    """
+
+    observations: th.Tensor
+    actions: th.Tensor
+    next_observations: th.Tensor
+    dones: th.Tensor
+    rewards: th.Tensor
+    alive: th.Tensor
+
+    def rows(self) -> ReplayBufferSamples:
+        """All steps in one batch, without those behind an end."""
+        keep = self.alive.flatten() > 0
+        return ReplayBufferSamples(*(column.flatten(0, 1)[keep] for column in self[:5]))
+
+
+@th.no_grad()
+def imagine(act: Act, dynamics: Dynamics, outcomes: Outcomes, starts: th.Tensor, horizon: int) -> Trajectories:
+    """
+    Trajectories of ``horizon`` steps from ``starts``, one elite per row and step.
 
     :param act: the policy, called with raw flat observations, giving actions in [-1, 1]
     :param starts: (n, obs_dim) raw flat observations
-    :return: the rows of all trajectories, step by step; ``dones`` marks true ends only, never the horizon
     """
-    steps = list(_steps(act, dynamics, outcomes, starts, horizon))
-    # Finished rows are dropped, so that no imagined state follows an end: once, for one wait on the device.
-    keep = th.cat([alive for _, alive in steps])
-    columns = zip(*(rows[:5] for rows, _ in steps), strict=True)
-    return ReplayBufferSamples(*(th.cat(column)[keep] for column in columns))
+    observations, alive = starts, th.ones_like(starts[:, :1])
+    steps: list[tuple[th.Tensor, ...]] = []
+    for _ in range(horizon):
+        actions = act(observations)
+        next_observations, learned = dynamics.sample(observations, actions)
+        rewards = outcomes.rewards(observations, actions, next_observations, learned)
+        ends = outcomes.ends(observations, actions, next_observations).float()
+        steps.append((observations, actions, next_observations, ends, rewards, alive))
+        # Rows behind an end go on, so that no step waits for the device, and count for nothing.
+        observations, alive = next_observations, alive * (1 - ends)
+    return Trajectories(*(th.stack(column) for column in zip(*steps, strict=True)))
+
+
+class ImaginedRows(NamedTuple):
+    """
+    n-step transitions within imagined trajectories: raw flat rows, (rows, .).
+
+    :param next_observations: the state n steps on
+    :param dones: one where the episode ends within the n steps
+    :param rewards: of each of the n steps, (rows, n)
+    :param log_ratio: the classifier's, of each of the n steps, (rows, n)
+    :param alive: one for each step that comes before or with the end, (rows, n)
+    """
+
+    observations: th.Tensor
+    actions: th.Tensor
+    next_observations: th.Tensor
+    dones: th.Tensor
+    rewards: th.Tensor
+    log_ratio: th.Tensor
+    alive: th.Tensor
+
+
+def n_step_rows(trajectories: Trajectories, log_ratio: th.Tensor, n_steps: int) -> ImaginedRows:
+    """
+    Every n-step transition that lies within the trajectories and does not start behind an end.
+
+    :param log_ratio: of each step, (horizon, n, 1)
+    """
+    t = trajectories
+    starts = range(len(t.rewards) - n_steps + 1)
+
+    def windows(column: th.Tensor) -> th.Tensor:
+        # (horizon, n, 1) -> (starts * n, n_steps)
+        return th.cat([column[k : k + n_steps].squeeze(2).T for k in starts])
+
+    alive = windows(t.alive)
+    keep = alive[:, 0] > 0
+    first, last = slice(0, len(starts)), slice(n_steps - 1, None)
+    rows = ImaginedRows(
+        t.observations[first].flatten(0, 1),
+        t.actions[first].flatten(0, 1),
+        t.next_observations[last].flatten(0, 1),
+        (windows(t.dones) * alive).amax(dim=1, keepdim=True),
+        windows(t.rewards),
+        windows(log_ratio),
+        alive,
+    )
+    return ImaginedRows(*(column[keep] for column in rows))
 
 
 def discounting_horizon(gamma: float, remainder: float = 0.01) -> int:
@@ -58,34 +130,13 @@ class BoundEstimate(NamedTuple):
     standard_error: th.Tensor
 
 
-@th.no_grad()
-def lower_bound(
-    act: Act, dynamics: Dynamics, outcomes: Outcomes, pay: Pay, starts: th.Tensor, gamma: float, horizon: int
-) -> BoundEstimate:
+def lower_bound(trajectories: Trajectories, paid: th.Tensor, gamma: float) -> BoundEstimate:
     """
-    E_q[Σ_t γ^t r̃_t] by imagined trajectories: the lower bound on the log of the expected return.
+    E_q[Σ_t γ^t r̃_t]: the lower bound on the log of the expected return, cut at the horizon.
 
-    :param pay: r̃ of raw flat rows
-    :param starts: (n, obs_dim) raw flat first observations of episodes
-    :param horizon: steps after which the sum is cut
+    :param trajectories: imagined from first observations of episodes
+    :param paid: r̃ of each step, (horizon, n, 1)
     """
-    total = th.zeros_like(starts[:, :1])
-    for t, (rows, alive) in enumerate(_steps(act, dynamics, outcomes, starts, horizon)):
-        total += gamma**t * alive.unsqueeze(1) * pay(rows)
-    return BoundEstimate(total.mean(), total.std() / math.sqrt(len(total)))
-
-
-def _steps(
-    act: Act, dynamics: Dynamics, outcomes: Outcomes, starts: th.Tensor, horizon: int
-) -> Iterator[tuple[ReplayBufferSamples, th.Tensor]]:
-    """Step after step, the rows of all trajectories and which of them, (n,), had not ended before."""
-    observations = starts
-    alive = th.ones_like(starts[:, 0], dtype=th.bool)
-    for _ in range(horizon):
-        actions = act(observations)
-        next_observations, learned = dynamics.sample(observations, actions)
-        rewards = outcomes.rewards(observations, actions, next_observations, learned)
-        ends = outcomes.ends(observations, actions, next_observations)
-        yield ReplayBufferSamples(observations, actions, next_observations, ends.float(), rewards), alive
-        alive = alive & ~ends.squeeze(1)
-        observations = next_observations
+    discounts = gamma ** th.arange(len(paid), device=paid.device).view(-1, 1, 1)
+    totals = (discounts * trajectories.alive * paid).sum(dim=0)
+    return BoundEstimate(totals.mean(), totals.std() / math.sqrt(len(totals)))

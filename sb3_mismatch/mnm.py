@@ -17,7 +17,14 @@ from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSam
 from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, latest_episodes, real_transitions
 from sb3_mismatch.fast_sac import FastSAC
 from sb3_mismatch.fitting import Terms, fit_classifier, fit_dynamics
-from sb3_mismatch.imagination import discounting_horizon, horizon_at, imagine, lower_bound
+from sb3_mismatch.imagination import (
+    Trajectories,
+    discounting_horizon,
+    horizon_at,
+    imagine,
+    lower_bound,
+    n_step_rows,
+)
 from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_offset
 from sb3_mismatch.observations import Normalization, Observations, TensorObservations, check_finite
 from sb3_mismatch.randomness import RandomStreams
@@ -46,9 +53,10 @@ class ModelBased(SavedWithWorld):
     :param real_ratio: share of real rows in a minibatch, rounded to whole rows (MBPO: 0.05); 1 is the base algorithm
     :param horizon: imagined steps per trajectory: a number, or a schedule over environment steps
         ``[first_step, last_step, first_horizon, last_horizon]``
+    :param imagined_n_steps: imagined rows hold n-step returns of so many steps, at most the horizon: values travel
+        faster than by single steps, and no action is out of date (MBPO: 1)
     :param model_train_freq: environment steps between two fits of the world (MBPO: 250)
-    :param imagined_per_step: imagined transitions per environment step (MBPO: 400)
-    :param imagined_buffer_size: imagined transitions kept, the oldest overwritten first
+    :param imagined_per_step: imagined rows per environment step (MBPO: 400); those of one fit last until the next
     :param n_members: networks in the ensemble (MBPO: 7)
     :param n_elites: how many of them imagine (MBPO: 5)
     :param log_ratio_weight: weight of the classifier's term in the policy's reward; ``None``: the objective's own
@@ -66,17 +74,17 @@ class ModelBased(SavedWithWorld):
     """
 
     #: Defaults of the base algorithm's arguments that suit a model-based learner better.
-    base_defaults: ClassVar[dict[str, Any]] = {"learning_starts": 300, "gradient_steps": 10}
+    base_defaults: ClassVar[dict[str, Any]] = {"learning_starts": 100, "gradient_steps": 10}
 
     def __init__(
         self,
         *args: Any,
         objective: str | Objective = "mnm-approx",
         real_ratio: float = 0.1,
-        horizon: int | Sequence[int] = 1,
+        horizon: int | Sequence[int] = 5,
+        imagined_n_steps: int = 5,
         model_train_freq: int = 250,
         imagined_per_step: int = 100,
-        imagined_buffer_size: int = 100_000,
         n_members: int = 5,
         n_elites: int = 3,
         log_ratio_weight: float | None = None,
@@ -98,9 +106,9 @@ class ModelBased(SavedWithWorld):
         self.objective = objective
         self.real_ratio = real_ratio
         self.horizon = horizon
+        self.imagined_n_steps = imagined_n_steps
         self.model_train_freq = model_train_freq
         self.imagined_per_step = imagined_per_step
-        self.imagined_buffer_size = imagined_buffer_size
         self.n_members = n_members
         self.n_elites = n_elites
         self.log_ratio_weight = log_ratio_weight
@@ -139,7 +147,6 @@ class ModelBased(SavedWithWorld):
                 {"n_members": self.n_members, "n_elites": self.n_elites, **(self.dynamics_kwargs or {})},
                 self.classifier_kwargs or {},
                 self.fit_kwargs or {},
-                self.imagined_buffer_size,
                 self.termination_fn,
                 self.reward_fn,
             )
@@ -262,23 +269,32 @@ class ModelBased(SavedWithWorld):
         self._world_log.update(log)
 
     def _imagine(self, data: RealTransitions) -> None:
-        """Branch trajectories from real states and keep their rows."""
-        world, horizon = self.world, horizon_at(self.horizon, self.num_timesteps)
-        # No more rows than the buffer keeps, and as many at any horizon.
-        n_rows = min(self.imagined_per_step * self.model_train_freq, self.imagined_buffer_size)
-        index = th.randint(len(data), (max(n_rows // horizon, 1),), device=self.device)
-        with self._timed("imagination/seconds"), self._acting():
-            batch = imagine(self._act, world.dynamics, world.outcomes, data.batch.observations[index], horizon)
-            world.imagined.add(batch)
+        """Branch trajectories from real states and keep their n-step transitions."""
+        horizon = horizon_at(self.horizon, self.num_timesteps)
+        n_steps = min(self.imagined_n_steps, horizon)
+        # As many rows at any horizon.
+        n_starts = max(self.imagined_per_step * self.model_train_freq // (horizon - n_steps + 1), 1)
+        with self._timed("imagination/seconds"):
+            index = th.randint(len(data), (n_starts,), device=self.device)
+            trajectories = self._imagined_from(data.batch.observations[index], horizon)
+            self.world.imagined.replace(n_step_rows(trajectories, self._log_ratio(trajectories), n_steps))
+        rows = trajectories.rows()
         self._world_log.update(
             {
                 "imagination/horizon": horizon,
-                "imagination/rows": len(batch.rewards),
-                "imagination/finished": batch.dones.mean().item(),
-                "imagination/reward": batch.rewards.mean().item(),
+                "imagination/rows": len(self.world.imagined),
+                "imagination/finished": rows.dones.mean().item(),
+                "imagination/reward": rows.rewards.mean().item(),
                 "imagination/real_ratio": self.real_ratio,
             }
         )
+
+    @th.no_grad()
+    def _log_ratio(self, trajectories: Trajectories) -> th.Tensor:
+        """Today's classifier's log p/q of each step, (horizon, n, 1); zero where the objective has no classifier."""
+        if not self._row.uses_classifier:
+            return th.zeros_like(trajectories.rewards)
+        return self.world.classifier.log_ratio(*trajectories[:3])
 
     @contextmanager
     def _serving(self, payment: Payment, gradient_steps: int) -> Iterator[None]:
@@ -297,33 +313,29 @@ class ModelBased(SavedWithWorld):
         """What the objective pays today, in the units that the critics see."""
         row = self._row
         if not row.takes_log:
-            return Payment(row, self.gamma, self.world.classifier)
+            return Payment(row, self.gamma)
         assert self.replay_buffer is not None
         lowest = float(self.replay_buffer.rewards[: self.replay_buffer.size()].min())
         offset = positive_offset(str(self.objective), lowest, self.reward_shift, self.reward_floor)
         normalize = self._normalization()
         scale = 1.0 if normalize is None else normalize.reward_std
-        return Payment(row, self.gamma, self.world.classifier, offset / scale, (lowest + offset) / scale)
+        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale)
 
     def _estimate_bound(self, payment: Payment) -> None:
         """Under a log objective: the bound by imagination beside the log of the real return, over equal horizons."""
         if not self._row.takes_log:
             return
         assert self.replay_buffer is not None
-        world, normalize = self.world, self._normalization()
-        episodes = latest_episodes(self.replay_buffer, world.observations, most=20)
+        normalize = self._normalization()
+        episodes = latest_episodes(self.replay_buffer, self.world.observations, most=20)
         if len(episodes.steps) == 0:
             return
         starts = th.as_tensor(episodes.first_observations, device=self.device)
         starts = starts[th.randint(len(starts), (100,), device=self.device)]
-        horizon = min(int(episodes.steps.max()), discounting_horizon(self.gamma))
-
-        def pay(raw: ReplayBufferSamples) -> th.Tensor:
-            return payment.imagined(raw, raw.rewards if normalize is None else normalize.reward(raw.rewards))
-
-        with self._acting():
-            estimate = lower_bound(self._act, world.dynamics, world.outcomes, pay, starts, self.gamma, horizon)
-        self._world_log["objective/lower_bound"] = estimate.mean.item()
+        trajectories = self._imagined_from(starts, min(int(episodes.steps.max()), discounting_horizon(self.gamma)))
+        rewards = trajectories.rewards if normalize is None else normalize.reward(trajectories.rewards)
+        paid = payment.imagined(rewards, self._log_ratio(trajectories), trajectories.alive)
+        self._world_log["objective/lower_bound"] = lower_bound(trajectories, paid, self.gamma).mean.item()
         self._world_log["objective/log_return"] = payment.log_return(
             episodes.rewards / (1.0 if normalize is None else normalize.reward_std), episodes.steps
         )
@@ -348,14 +360,14 @@ class ModelBased(SavedWithWorld):
         actions: th.Tensor = self.actor(self._policy_observations(flat))
         return actions
 
-    @contextmanager
-    def _acting(self) -> Iterator[None]:
-        """Keeps the exploration matrices of gSDE, which belong to the environment's rollout."""
+    def _imagined_from(self, starts: th.Tensor, horizon: int) -> Trajectories:
+        """Trajectories of the current policy in the learned world."""
+        # gSDE's exploration matrices belong to the environment's rollout.
         distribution = getattr(self.actor, "action_dist", None)
         names = [name for name in ("exploration_mat", "exploration_matrices") if hasattr(distribution, name)]
         kept = {name: getattr(distribution, name) for name in names}
         try:
-            yield
+            return imagine(self._act, self.world.dynamics, self.world.outcomes, starts, horizon)
         finally:
             for name, matrix in kept.items():
                 setattr(distribution, name, matrix)
@@ -392,7 +404,9 @@ class VMBPO(MnM):
 
 
 class MBPO(MnM):
-    """Model-based policy optimization (Janner et al., 2019): dynamics by likelihood, the task's own reward."""
+    """Model-based policy optimization (Janner et al., 2019): likelihood, the task's reward, single imagined steps."""
 
-    def __init__(self, *args: Any, objective: str | Objective = "mbpo", **kwargs: Any) -> None:
-        super().__init__(*args, objective=objective, **kwargs)
+    def __init__(
+        self, *args: Any, objective: str | Objective = "mbpo", horizon: int | Sequence[int] = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, objective=objective, horizon=horizon, **kwargs)

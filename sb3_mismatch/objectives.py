@@ -16,9 +16,6 @@ from typing import Protocol
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
-
-from sb3_mismatch.classifier import Classifier
 
 
 class ModelTerms(Protocol):
@@ -147,18 +144,16 @@ def positive_offset(name: str, lowest: float, reward_shift: float | str, reward_
 @dataclass(frozen=True)
 class Payment:
     """
-    What a row of the table pays, by today's classifier.
+    What a row of the table pays.
 
     :param row: the objective
     :param gamma: discount
-    :param classifier: gives the log-ratio of raw flat rows
     :param offset: added to rewards before their logarithm, in the units that the critics see
     :param lowest: the lowest reward that has a logarithm, shifted, in the same units
     """
 
     row: Objective
     gamma: float
-    classifier: Classifier
     offset: float = 0.0
     lowest: float = 0.0
 
@@ -166,16 +161,17 @@ class Payment:
         """r̃ of real rows, which need no correction: (n, 1)."""
         return self._pay(rewards, th.zeros_like(rewards))
 
-    @th.no_grad()
-    def imagined(self, raw: ReplayBufferSamples, rewards: th.Tensor) -> th.Tensor:
-        """r̃ of imagined rows: raw flat rows, and their rewards as the critics see them, (n, 1)."""
-        row = self.row
-        if not row.uses_classifier or row.log_ratio_weight == 0:
-            return self.real(rewards)
-        log_ratio = self.classifier.log_ratio(raw.observations, raw.actions, raw.next_observations)
-        if row.centred:
-            log_ratio = log_ratio - log_ratio.mean()
-        return self._pay(rewards, row.log_ratio_weight * log_ratio)
+    def imagined(self, rewards: th.Tensor, log_ratio: th.Tensor, alive: th.Tensor) -> th.Tensor:
+        """
+        r̃ of imagined steps, all of one shape.
+
+        :param rewards: as the critics see them
+        :param log_ratio: the classifier's
+        :param alive: one for each step that counts; the others are left out of the mean
+        """
+        if self.row.centred:
+            log_ratio = log_ratio - (log_ratio * alive).sum() / alive.sum().clamp(min=1)
+        return self._pay(rewards, self.row.log_ratio_weight * log_ratio)
 
     def _pay(self, rewards: th.Tensor, log_ratio: th.Tensor) -> th.Tensor:
         if self.row.takes_log:

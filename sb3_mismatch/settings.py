@@ -11,7 +11,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_mismatch.objectives import OBJECTIVES, Objective
 
-COUNTS = ("model_train_freq", "imagined_per_step", "imagined_buffer_size", "n_members", "n_elites")
+COUNTS = ("model_train_freq", "imagined_per_step", "imagined_n_steps", "n_members", "n_elites")
 WEIGHTS = ("log_ratio_weight", "adversarial_weight", "likelihood_weight")
 FUNCTIONS = ("termination_fn", "reward_fn")
 DICTS = ("dynamics_kwargs", "classifier_kwargs", "fit_kwargs")

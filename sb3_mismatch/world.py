@@ -28,7 +28,6 @@ class World:
     :param dynamics_kwargs: arguments of :class:`~sb3_mismatch.dynamics.Dynamics`, and its ``learning_rate``
     :param classifier_kwargs: arguments of :class:`~sb3_mismatch.classifier.Classifier`, and its ``learning_rate``
     :param fit_kwargs: arguments of :class:`~sb3_mismatch.fitting.FitSettings`
-    :param imagined_buffer_size: imagined transitions kept
     :raises ValueError: for a space or a setting that cannot be served
     """
 
@@ -46,7 +45,6 @@ class World:
         dynamics_kwargs: Mapping[str, Any],
         classifier_kwargs: Mapping[str, Any],
         fit_kwargs: Mapping[str, Any],
-        imagined_buffer_size: int,
         termination_fn: TransitionFunction | None = None,
         reward_fn: TransitionFunction | None = None,
     ) -> None:
@@ -65,7 +63,7 @@ class World:
         self.classifier_optimizer = th.optim.Adam(self.classifier.parameters(), lr=learning_rate, fused=True)
         self.fit_settings: FitSettings = _build("fit_kwargs", FitSettings, fit_kwargs)
         self.outcomes = Outcomes(self.dynamics, self.observations, action_space, termination_fn, reward_fn)
-        self.imagined = ImaginedBuffer(imagined_buffer_size)
+        self.imagined = ImaginedBuffer()
 
 
 def _network(name: str, kind: type, sizes: tuple[int, int], kwargs: Mapping[str, Any]) -> tuple[Any, float]:
