@@ -65,8 +65,9 @@ def imagine(act: Act, dynamics: Dynamics, outcomes: Outcomes, starts: th.Tensor,
         rewards = outcomes.rewards(observations, actions, next_observations, learned)
         ends = outcomes.ends(observations, actions, next_observations).float()
         steps.append((observations, actions, next_observations, ends, rewards, alive))
-        # Rows behind an end go on, so that no step waits for the device, and count for nothing.
-        observations, alive = next_observations, alive * (1 - ends)
+        # A row whose episode has ended stays before its end: no step waits for the device, and neither the networks nor
+        # the user's functions are asked about states in which nobody lives.
+        observations, alive = th.where(ends > 0, observations, next_observations), alive * (1 - ends)
     return Trajectories(*(th.stack(column) for column in zip(*steps, strict=True)))
 
 
