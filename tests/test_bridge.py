@@ -1,6 +1,7 @@
 """The deep code against the tabular one, on a finite MDP whose states are one-hot observations."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.fitting import FitSettings, fit_classifier
-from sb3_mismatch.imagination import discounting_horizon, lower_bound
+from sb3_mismatch.imagination import discounting_horizon, imagine, lower_bound
 from sb3_mismatch.objectives import (
     OBJECTIVES,
     Payment,
@@ -47,7 +48,7 @@ class OneHot:
 
     @staticmethod
     def indices(observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        return observations.argmax(dim=1), ((actions[:, 0] * A + (A - 1)) / 2).round().long()
+        return observations.argmax(dim=-1), ((actions[..., 0] * A + (A - 1)) / 2).round().long()
 
     def draw(self, table: np.ndarray, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """s' ~ table(.|s, a)."""
@@ -63,20 +64,22 @@ class OneHot:
         return self.draw(self.q, observations, actions), rewards.unsqueeze(1)
 
     def log_ratio(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
-        """log p/q."""
+        """log p/q, (..., 1)."""
         s, a = self.indices(observations, actions)
-        return th.as_tensor(np.log(self.p / self.q))[s, a, next_observations.argmax(dim=1)].float().unsqueeze(1)
+        return th.as_tensor(np.log(self.p / self.q))[s, a, next_observations.argmax(dim=-1)].float().unsqueeze(-1)
 
-    def estimate(self, objective: str, classifier: object, n: int) -> tuple[float, float]:
+    @th.no_grad()
+    def estimate(self, objective: str, log_ratio: Callable[..., th.Tensor], n: int) -> tuple[float, float]:
         """The deep code's estimate of the bound, and its standard error."""
-        payment = Payment(OBJECTIVES[objective], GAMMA, classifier, lowest=float(self.reward.min()))  # type: ignore[arg-type]
+        payment = Payment(OBJECTIVES[objective], GAMMA, lowest=float(self.reward.min()))
         outcomes = SimpleNamespace(
             rewards=lambda s, a, s_next, learned: learned, ends=lambda s, a, s_next: th.zeros(len(a), 1, dtype=th.bool)
         )
         starts = self.observation(th.multinomial(self.start, n, replacement=True))
         horizon = discounting_horizon(GAMMA, remainder=1e-4)
-        pay = lambda raw: payment.imagined(raw, raw.rewards)  # noqa: E731
-        mean, error = lower_bound(self.act, self, outcomes, pay, starts, GAMMA, horizon)  # type: ignore[arg-type]
+        trajectories = imagine(self.act, self, outcomes, starts, horizon)  # type: ignore[arg-type]
+        paid = payment.imagined(trajectories.rewards, log_ratio(*trajectories[:3]), trajectories.alive)
+        mean, error = lower_bound(trajectories, paid, GAMMA)
         return float(mean), float(error)
 
 
@@ -89,7 +92,7 @@ def _seeded() -> None:
 @pytest.mark.parametrize(("objective", "exact"), [("mnm", bound_1), ("mnm-gamma", bound_gamma)])
 def test_estimate_of_the_bound_agrees_with_the_exact_one(seed: int, objective: str, exact) -> None:
     world = OneHot(seed)
-    mean, error = world.estimate(objective, SimpleNamespace(log_ratio=world.log_ratio), n=8000)
+    mean, error = world.estimate(objective, world.log_ratio, n=8000)
     assert error < 0.03
     assert mean == pytest.approx(exact(world.mdp, world.policy, world.q).value, abs=3 * error)
 
@@ -110,7 +113,7 @@ def test_estimate_with_a_trained_classifier() -> None:
     draws = world.draw(world.q, observations, actions)
     learned, true = classifier.log_ratio(observations, actions, draws), world.log_ratio(observations, actions, draws)
     assert (learned - true).abs().mean() < 0.15
-    mean, _ = world.estimate("mnm", classifier, n=2000)
+    mean, _ = world.estimate("mnm", classifier.log_ratio, n=2000)
     # Every step's error is paid for 1 / (1 - γ) steps.
     assert mean == pytest.approx(bound_1(world.mdp, world.policy, world.q).value, abs=0.1 / (1 - GAMMA))
 

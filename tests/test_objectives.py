@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.testing import assert_close
 
 from sb3_mismatch.objectives import (
@@ -115,23 +114,12 @@ def test_table():
     assert all(row.log_ratio_weight == 1 for row in OBJECTIVES.values() if row.takes_log)
 
 
-class Judge:
-    """A classifier whose log-ratio is s."""
-
-    def log_ratio(self, observations, actions, next_observations):
-        return observations[:, :1]
-
-
-def imagined(*log_ratios: float) -> ReplayBufferSamples:
-    column = th.tensor(log_ratios).unsqueeze(1)
-    return ReplayBufferSamples(column, column, column, column, column)
-
-
-REWARDS = th.tensor([[1.0], [2.0]])
+REWARDS, LOG_RATIO = th.tensor([[1.0], [2.0]]), th.tensor([[0.5], [-1.5]])
+ALIVE = th.ones(2, 1)
 
 
 def pay(name: str, **changed) -> th.Tensor:
-    return Payment(replace(OBJECTIVES[name], **changed), GAMMA, Judge()).imagined(imagined(0.5, -1.5), REWARDS)
+    return Payment(replace(OBJECTIVES[name], **changed), GAMMA).imagined(REWARDS, LOG_RATIO, ALIVE)
 
 
 def test_imagined_rows_are_paid_the_log_ratio():
@@ -146,32 +134,40 @@ def test_centred_log_ratio_has_mean_zero():
     assert_close(pay("mnm-approx"), th.tensor([[1.1], [1.9]]))
 
 
+def test_steps_behind_an_end_are_left_out_of_the_mean():
+    """0.5, -1.5 and 4 are alive and have the mean 1; -99 is not."""
+    log_ratio, alive = th.tensor([[0.5, -1.5], [4.0, -99.0]]), th.tensor([[1.0, 1.0], [1.0, 0.0]])
+    paid = Payment(OBJECTIVES["mnm-approx"], GAMMA).imagined(th.zeros(2, 2), log_ratio, alive)
+    assert_close(paid[alive > 0], th.tensor([-0.05, -0.25, 0.3]))
+    nobody = Payment(OBJECTIVES["mnm-approx"], GAMMA).imagined(th.zeros(2, 2), log_ratio, th.zeros(2, 2))
+    assert nobody.isfinite().all()
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_real_rows_need_no_correction(name):
-    paid = Payment(OBJECTIVES[name], GAMMA, Judge()).real(REWARDS)
+    paid = Payment(OBJECTIVES[name], GAMMA).real(REWARDS)
     expected = 0.1 * REWARDS.log() - 0.1 * math.log(0.1) if OBJECTIVES[name].takes_log else REWARDS
     assert_close(paid, expected)
 
 
 def test_log_objective_shifts_and_floors():
     """r = -0.9 and -5 with offset 1: log 0.1, and log 0.05, the lowest that is paid."""
-    payment = Payment(OBJECTIVES["mnm"], GAMMA, Judge(), offset=1.0, lowest=0.05)
+    payment = Payment(OBJECTIVES["mnm"], GAMMA, offset=1.0, lowest=0.05)
     rewards = th.tensor([[-0.9], [-5.0]])
     log_r = th.tensor([[math.log(0.1)], [math.log(0.05)]])
     assert_close(payment.real(rewards), 0.1 * (log_r - math.log(0.1)))
-    ratio = th.tensor([[0.5], [-1.5]])
-    assert_close(payment.imagined(imagined(0.5, -1.5), rewards), 0.1 * (log_r - math.log(0.1)) + ratio)
+    assert_close(payment.imagined(rewards, LOG_RATIO, ALIVE), 0.1 * (log_r - math.log(0.1)) + LOG_RATIO)
 
 
 def test_other_objectives_do_not_shift():
-    payment = Payment(OBJECTIVES["vmbpo"], GAMMA, Judge(), offset=1.0, lowest=0.05)
+    payment = Payment(OBJECTIVES["vmbpo"], GAMMA, offset=1.0, lowest=0.05)
     assert_close(payment.real(th.tensor([[-5.0]])), th.tensor([[-5.0]]))
 
 
 def test_log_return_by_hand():
     """Episodes 1, 2, 3 and 4 (of one step): ((1 + 1.8 + 2.43) + 4) / 2, each reward one higher by the offset."""
     rewards, steps = np.array([[0.0, 1.0, 2.0], [3.0, 99.0, 99.0]]), np.array([3, 1])
-    payment = Payment(OBJECTIVES["mnm"], GAMMA, Judge(), offset=1.0)
+    payment = Payment(OBJECTIVES["mnm"], GAMMA, offset=1.0)
     assert payment.log_return(rewards, steps) == pytest.approx(math.log((5.23 + 4) / 2))
 
 
