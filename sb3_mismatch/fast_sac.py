@@ -129,7 +129,17 @@ class FastSAC(SAC):
 
 
 def descend(optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-    """One step down ``loss`` for the parameters of ``optimizer`` alone; no other gradient is computed."""
+    """
+    One step down ``loss`` for the parameters of ``optimizer`` alone; no other gradient is computed.
+
+    A loss that is not finite counts for nothing: the weights stay finite, and the log tells of it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     optimizer.zero_grad()
-    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
+    loss.backward(inputs=parameters)
+    # A mask and no branch, which would wait for the device.
+    useless = ~loss.detach().isfinite()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(useless, 0.0)
     optimizer.step()
