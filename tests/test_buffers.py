@@ -1,13 +1,12 @@
 """Real transitions against an environment that tells its place, and mixed minibatches row by row."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
@@ -22,6 +21,7 @@ from sb3_mismatch.buffers import (
     latest_episodes,
     real_transitions,
 )
+from sb3_mismatch.imagination import ImaginedRows
 from sb3_mismatch.objectives import OBJECTIVES, Payment
 from sb3_mismatch.observations import FlatObservations, Normalization
 from sb3_mismatch.randomness import RandomStreams
@@ -128,42 +128,30 @@ def test_refused_row_of_a_compact_buffer_is_named_by_its_place():
 # -- imagined rows --
 
 
-def numbered(first: int, n: int) -> ReplayBufferSamples:
-    """Rows that carry their number, in each column another way; observations have two dimensions."""
-    number = th.arange(first, first + n, dtype=th.float32).unsqueeze(1)
-    return ReplayBufferSamples(number.repeat(1, 2), -number, number.repeat(1, 2) + 0.5, number % 2, 10 * number)
+def numbered(first: int, n: int) -> ImaginedRows:
+    """Rows of two steps that carry their number, in each column another way; observations have two dimensions."""
+    x = th.arange(first, first + n, dtype=th.float32).unsqueeze(1)
+    return ImaginedRows(x.repeat(1, 2), -x, x.repeat(1, 2) + 0.5, x % 2, x * th.tensor([10.0, 20.0]), x.repeat(1, 2), x)
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
-@given(st.integers(1, 12), st.lists(st.integers(0, 30), max_size=8))
-def test_ring_keeps_the_latest_rows(capacity, sizes):
-    buffer = ImaginedBuffer(capacity)
-    model = np.empty(0)
-    for n in sizes:
-        first = sum(sizes[: len(model)]) if not len(model) else int(model[-1]) + 1
-        buffer.add(numbered(first, n))
-        model = np.append(model, np.arange(first, first + n))[-capacity:]
-        assert len(buffer) == len(model)
-    if len(model):
-        drawn = buffer.sample(60 * capacity)
-        numbers = drawn.observations[:, 0].long()
-        assert set(numbers.tolist()) == set(model.astype(int))
-        for column, expected in zip(drawn[:5], numbered(0, int(model[-1]) + 1)[:5], strict=True):
-            assert_close(column, expected[numbers])
-
-
-def test_reset_forgets():
-    buffer = ImaginedBuffer(5)
-    buffer.add(numbered(0, 7))
-    buffer.reset()
+def test_rows_are_drawn_whole_and_all():
+    buffer = ImaginedBuffer()
     assert len(buffer) == 0
-    buffer.add(numbered(20, 2))
+    buffer.replace(numbered(0, 7))
+    assert len(buffer) == 7
+    drawn = buffer.sample(500)
+    numbers = drawn.observations[:, 0].long()
+    assert set(numbers.tolist()) == set(range(7))
+    for column, expected in zip(drawn, numbered(0, 7), strict=True):
+        assert_close(column, expected[numbers])
+
+
+def test_rows_last_until_the_next_fit():
+    buffer = ImaginedBuffer()
+    buffer.replace(numbered(0, 7))
+    buffer.replace(numbered(20, 2))
+    assert len(buffer) == 2
     assert set(buffer.sample(50).observations[:, 0].tolist()) == {20.0, 21.0}
-
-
-def test_capacity_of_none_is_refused():
-    with pytest.raises(ValueError, match="imagined_buffer_size=0 must be at least 1"):
-        ImaginedBuffer(0)
 
 
 # -- mixed minibatches --
@@ -171,27 +159,24 @@ def test_capacity_of_none_is_refused():
 MARK = 1e4
 
 
-class Judge:
-    """A classifier whose opinion can change."""
-
-    opinion = 0.5
-
-    def log_ratio(self, observations, actions, next_observations):
-        return th.full_like(actions[:, :1], self.opinion)
-
-
-def marked(flat: FlatObservations, n: int = 50) -> ReplayBufferSamples:
-    """Imagined rows whose observations are far from every real one, and whose action tells their reward."""
-    action = th.rand(n, 1)
+def marked(flat: FlatObservations, n_steps: int = 1, n: int = 50) -> ImaginedRows:
+    """
+    Imagined rows that end, whose observations are far from every real one, and whose action a tells the rest: of
+    1 + floor(a n_steps) living steps, step j earns 100 a + j and has the log-ratio j - a. What follows is huge.
+    """
+    action, step = th.linspace(0.01, 0.99, n).unsqueeze(1), th.arange(n_steps)
+    alive = (step <= action * n_steps).float()
+    behind = 1e6 * (1 - alive)
     observations = th.full((n, flat.dim), MARK)
-    return ReplayBufferSamples(observations, action, observations + 1, th.ones(n, 1), 100 * action)
+    rewards, log_ratio = 100 * action + step + behind, step - action + behind
+    return ImaginedRows(observations, action, observations + 1, th.ones(n, 1), rewards, log_ratio, alive)
 
 
-def mixed(real: ReplayBuffer, ratio: float, objective: str = "vmbpo", steps: int = 10, judge: Any = None) -> Any:
+def mixed(real: ReplayBuffer, ratio: float, objective: str = "vmbpo", steps: int = 10, n_steps: int = 1) -> Any:
     flat = FlatObservations(real.observation_space)
-    imagined = ImaginedBuffer(100)
-    imagined.add(marked(flat))
-    payment = Payment(OBJECTIVES[objective], 0.9, judge or Judge())
+    imagined = ImaginedBuffer()
+    imagined.replace(marked(flat, n_steps))
+    payment = Payment(OBJECTIVES[objective], 0.9)
     return MixedReplayBuffer(real, imagined, ratio, steps, payment, RandomStreams(CPU, 0), flat)
 
 
@@ -218,25 +203,35 @@ def test_minibatches_never_run_out(real, promised):
 
 
 def test_rows_stay_whole(real):
-    """Columns of one row belong together, and what it earns is r or r + log p/q."""
+    """Columns of one row belong together, and what it earns is r or r + log p/q, here 100 a - a."""
     batch = mixed(real, 0.5).sample(200)
     imagined = batch.observations[:, 0] == MARK
-    assert_close(batch.rewards[imagined], 100 * batch.actions[imagined] + 0.5)
+    assert_close(batch.rewards[imagined], 99 * batch.actions[imagined])
     assert_close(batch.next_observations[imagined], batch.observations[imagined] + 1)
     assert batch.dones[imagined].all()
     ours = RealTransitions(ReplayBufferSamples(*(column[~imagined] for column in batch[:5])), th.arange(100))
     assert_counted(ours)
 
 
-def test_reward_is_paid_by_todays_classifier(real):
-    judge = Judge()
-    rewards = []
-    for opinion in (0.5, -2.0):
-        judge.opinion = opinion
-        batch = mixed(real, 0.0, judge=judge).sample(20)
-        rewards.append(batch.rewards - 100 * batch.actions)
-    assert_close(rewards[0], th.full((20, 1), 0.5), atol=1e-4, rtol=0)
-    assert_close(rewards[1], th.full((20, 1), -2.0), atol=1e-4, rtol=0)
+@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize(
+    ("objective", "paid"),
+    [
+        ("mbpo", lambda r, c, mean: r),
+        ("vmbpo", lambda r, c, mean: r + c),
+        ("mnm-approx", lambda r, c, mean: r + 0.1 * (c - mean)),
+        ("mnm", lambda r, c, mean: 0.1 * math.log(r) + c - 0.1 * math.log(0.1)),
+    ],
+)
+def test_imagined_rows_earn_the_discounted_sum_of_their_living_steps(real, objective, paid, n_steps):
+    """Σ_j γ^j r̃_j; the mean is over all living steps of what is made at once."""
+    batch = mixed(real, 0.5, objective, steps=1, n_steps=n_steps).sample(40)
+    lives = [[(100 * a + j, j - a) for j in range(1 + int(a * n_steps))] for a in batch.actions[20:, 0].tolist()]
+    mean = float(np.mean([c for life in lives for _, c in life]))
+    expected = [sum(0.9**j * paid(r, c, mean) for j, (r, c) in enumerate(life)) for life in lives]
+    assert_close(batch.rewards[20:, 0], th.tensor(expected), atol=1e-4, rtol=1e-5)
+    assert_close(batch.discounts, th.tensor([0.9] * 20 + [0.9**n_steps] * 20).unsqueeze(1))
+    assert len({len(life) for life in lives}) == n_steps
 
 
 def test_real_rows_are_paid_by_the_objective(real):
@@ -278,7 +273,7 @@ def test_imagined_rows_come_from_the_worlds_streams(real):
 
 def test_without_imagined_rows_all_are_real(real):
     buffer = mixed(real, 0.1)
-    buffer.imagined.reset()
+    buffer.imagined = ImaginedBuffer()
     assert (buffer.sample(20).observations[:, 0] != MARK).all()
 
 
@@ -292,17 +287,17 @@ def test_size_and_add_are_the_real_buffers():
 
 
 def test_n_step_rows_beside_imagined_ones():
-    """An imagined row is one step: it is discounted by γ, real rows by γ to their own number of steps."""
+    """Imagined rows are discounted by γ to the number of their steps, real ones by γ to their own."""
     real = collected(counters(), 40, n_steps=3, gamma=0.9)
-    batch = mixed(real, 0.5).sample(200)
+    batch = mixed(real, 0.5, n_steps=2).sample(200)
     imagined = batch.observations[:, 0] == MARK
-    assert_close(batch.discounts[imagined], th.full((100, 1), 0.9))
+    assert_close(batch.discounts[imagined], th.full((100, 1), 0.81))
     t, even = batch.observations[~imagined][:, 2], batch.observations[~imagined][:, 1] % 2 == 0
     left = th.where(even, 3 - t, 4 - t).clamp(max=3)
     # The newest row of an unfinished episode is cut as well.
     whole = batch.observations[~imagined][:, 1] < batch.observations[~imagined][:, 1].max()
     assert_close(batch.discounts[~imagined].squeeze(1)[whole], (0.9**left)[whole])
-    assert mixed(real, 0.0).sample(4).discounts is None
+    assert_close(mixed(real, 0.0).sample(4).discounts, th.full((4, 1), 0.9))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
@@ -321,18 +316,26 @@ def test_dict_rows(ratio):
 
 
 def test_vec_normalize_serves_both_alike():
-    env = VecNormalize(counters(2), clip_obs=3.0, clip_reward=5.0)
+    env = VecNormalize(counters(2), clip_obs=3.0, clip_reward=0.1)
     real = collected(env, 30)
-    buffer = mixed(real, 0.5)
+    buffer = mixed(real, 0.5, n_steps=3)
     batch = buffer.sample(100, env=env)
     scale = Normalization.of(env, buffer.flat, CPU)
     imagined = batch.dones.squeeze(1).bool() & (batch.observations[:, 0] == 3)
     assert imagined.sum() == 50
-    # MARK is far beyond the clip; the reward is the normalised one and the log-ratio on top, in its own unit.
+    # MARK is far beyond the clip.
     assert (batch.observations[imagined] == 3).all()
-    assert_close(batch.rewards[imagined], scale.reward(100 * batch.actions[imagined]) + 0.5)
+    # The reward of each step is normalised and clipped; the log-ratio comes on top, in its own unit.
+    actions, expected = batch.actions[imagined], th.zeros(50, 1)
+    for j in range(3):
+        paid = scale.reward(100 * actions + j) + j - actions
+        expected += 0.9**j * paid * (j <= 3 * actions)
+    assert_close(batch.rewards[imagined], expected)
+    clipped = scale.reward(100 * actions) == np.float32(0.1)
+    assert clipped.any()
+    assert not clipped.all()
     assert batch.observations[~imagined].abs().max() <= 3
-    assert batch.rewards[~imagined].max() <= 5
+    assert batch.rewards[~imagined].max() <= np.float32(0.1)
 
 
 # -- episodes --
