@@ -9,14 +9,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Without --no-compile pip compiles every module of every package, which takes as long as the rest of the install.
 INSTALL := $(PIP) install --prefer-binary --no-compile --constraint constraints.txt --editable
-# The networks are small: more threads only get in each other's way.
-OMP_NUM_THREADS ?= 1
-export OMP_NUM_THREADS
+# The networks are small: more threads only get in each other's way, and the tests run side by side.
+export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:
 .PHONY: quickstart test lint docs constraints clean
 
+quickstart: OMP_NUM_THREADS = 2
 quickstart: $(VENV)/.base
 	$(BIN)/python examples/quickstart.py
 

@@ -231,7 +231,7 @@ def test_every_algorithm_takes_a_cell() -> None:
 
 def test_quickstart_runs(tmp_path: Path) -> None:
     quickstart = Path(__file__).parents[1] / "examples" / "quickstart.py"
-    command = [sys.executable, str(quickstart), "--steps", "510"]  # MnM learns from step 500 on
+    command = [sys.executable, str(quickstart), "--steps", "258"]  # the world learns from step 256 on
     output = subprocess.run(command, check=True, cwd=tmp_path, stdout=subprocess.PIPE, encoding="utf-8").stdout
     assert "mean return over 10 episodes: " in output
     for name in ("mnm.zip", "learning_curve.png"):
