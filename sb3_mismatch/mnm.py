@@ -178,7 +178,13 @@ class ModelBased(SavedWithWorld):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        trains = self.train
         prepared = super()._setup_learn(*args, **kwargs)
+        if self.train != trains:
+            raise ValueError(
+                "a callback has put its own train() in the place of this class's, so that no world would be learned "
+                "(rl_zoo3's ParallelTrainCallback trains the base algorithm): leave it out, or use the base algorithm"
+            )
         check_finite("observation", self._last_obs)  # type: ignore[arg-type]
         return prepared
 
