@@ -39,7 +39,7 @@ def beside_sac(steps, kind=MBPO, n_envs=1, normalize=False, policy="MlpPolicy", 
     worldly = world_settings(real_ratio=1.0, model_train_freq=30 * n_envs, **(world or {}))
     ours = kind(policy, environments(n_envs, normalize=normalize), **sac_settings(**settings), **worldly).learn(steps)
     assert ours.num_timesteps - ours._fitted_at < 30 * n_envs
-    assert len(ours.world.imagined) > 100
+    assert len(ours.world.imagined) > 50
     return reference, ours
 
 
@@ -107,7 +107,7 @@ def test_500_steps_of_each_objective(objective, env_id):
         env_id, 500, objective=objective, learning_starts=440, reward_shift="auto", model_train_freq=50, horizon=2
     )
     assert model._fitted_at == 491
-    assert len(model.world.imagined) > 100
+    assert len(model.world.imagined) == 100
     assert all_finite(model)
 
 
@@ -173,7 +173,7 @@ def test_functions_for_reward_and_end_take_the_place_of_learned_ones(monkeypatch
     def termination_fn(observations, actions, next_observations):
         return next_observations[:, 0, 0] > observations[:, 0, 0]
 
-    model = trained(env, 70, reward_fn=reward_fn, termination_fn=termination_fn)
+    model = trained(env, 70, horizon=1, reward_fn=reward_fn, termination_fn=termination_fn)
     imagined = model.world.imagined.sample(50)
     observations, actions, next_observations = met[0]
     assert observations.shape == next_observations.shape == (200, 2, 3)
@@ -206,7 +206,7 @@ def imagined_columns(model):
     """What the model imagines next, from the replay buffer it holds."""
     with model._streams.active():
         model._imagine(model._real_transitions())
-    return model.world.imagined._columns
+    return model.world.imagined._rows
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +214,10 @@ def saved():
     """A trained agent whose world is due, its zip and its replay buffer."""
     with pytest.MonkeyPatch.context() as patch:
         soon(patch)
-        # A round's imagined rows fill the buffer: nothing of earlier rounds is left in it.
         model = trained(
             steps=165,
             objective="vmbpo",
             learning_starts=59,
-            imagined_buffer_size=100,
             model_train_freq=50,
             train_freq=5,
         )
@@ -306,7 +304,7 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"n_elites": 0}, "n_elites=0"),
         ({"model_train_freq": 0}, "model_train_freq=0"),
         ({"imagined_per_step": -1}, "imagined_per_step=-1"),
-        ({"imagined_buffer_size": 0}, "imagined_buffer_size=0"),
+        ({"imagined_n_steps": 0}, "imagined_n_steps=0"),
         ({"log_ratio_weight": -1.0}, "log_ratio_weight=-1.0 must be finite and lie between 0 and inf"),
         ({"reward_shift": "automatic"}, "reward_shift='automatic' must be a number or 'auto'"),
         ({"reward_floor": 0.0}, "reward_floor=0.0"),
@@ -506,7 +504,7 @@ def test_logs_read_back(objective, keys, format_, tmp_path, monkeypatch):
     if objective == "mbpo":
         assert not any(name.startswith(("classifier/", "objective/")) for name in logged)
     assert logged["rollout/ep_len_mean"] == 20
-    assert logged["imagination/horizon"] == 1
+    assert logged["imagination/horizon"] == 5
     assert logged["imagination/rows"] == 200
 
 

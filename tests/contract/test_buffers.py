@@ -111,7 +111,7 @@ def test_c5_the_horizon_is_no_end():
 
 
 def test_c6_worlds_learn_single_steps_beside_n_steps():
-    model = trained(Counter(), 70, n_steps=3, real_ratio=0.5, gamma=0.9, objective="mbpo")
+    model = trained(Counter(), 70, n_steps=3, imagined_n_steps=2, real_ratio=0.5, gamma=0.9, objective="mbpo")
     assert type(model.replay_buffer) is NStepReplayBuffer
     batch = model._real_transitions().batch
     assert_same(batch.next_observations, batch.observations + 1)
@@ -119,7 +119,7 @@ def test_c6_worlds_learn_single_steps_beside_n_steps():
     with model._serving(model._payment(), 1):
         discounts = model.replay_buffer.sample(10).discounts
     assert discounts.shape == (10, 1)
-    assert_same(discounts[5:], th.full((5, 1), 0.9))
+    assert_same(discounts[5:], th.full((5, 1), 0.9**2))
     assert discounts[:5].min() < 0.8
 
 
@@ -198,11 +198,11 @@ def test_c11_a_buffer_of_other_environments_is_refused_as_by_sac():
 
 
 def test_c12_imagined_rows_are_lazy_bounded_and_not_saved():
-    model = MnM("MlpPolicy", BoxEnv(), **small(imagined_buffer_size=10**9))
-    assert model.world.imagined._columns == []
+    model = MnM("MlpPolicy", BoxEnv(), **small(imagined_per_step=10**9))
+    assert len(model.world.imagined) == 0
     sizes = []
     for steps in (60, 400):
-        model = trained(BoxEnv(), steps, imagined_buffer_size=300, imagined_per_step=3)
+        model = trained(BoxEnv(), steps, imagined_per_step=3)
         archive = io.BytesIO()
         model.save(archive)
         sizes.append(len(archive.getvalue()))

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 
 from sb3_mismatch import MBPO, VMBPO, MnM
 
-OURS = list(world_settings(objective="mbpo", real_ratio=0.5, horizon=2, imagined_buffer_size=100))
+OURS = list(world_settings(objective="mbpo", real_ratio=0.5, horizon=2, imagined_n_steps=2))
 OURS += ["log_ratio_weight", "adversarial_weight", "likelihood_weight", "reward_shift", "reward_floor"]
 OURS += ["termination_fn", "reward_fn"]
 
@@ -62,10 +62,10 @@ def test_a2_arguments_are_stored_raw_and_derived_at_set_up():
         assert getattr(model, name) is value, name
     # What set-up derives follows what is changed in between, as load() changes it.
     model = MnM("MlpPolicy", BoxEnv(), _init_setup_model=False, **small())
-    model.n_members, model.n_elites, model.imagined_buffer_size = 4, 3, 50
+    model.n_members, model.n_elites = 4, 3
     model._setup_model()
     assert model.world.dynamics.n_members == 4
-    assert model.world.imagined.capacity == 50
+    assert model.world.dynamics.n_elites == 3
 
 
 def test_a2_bad_values_are_told_at_set_up_not_before():
