@@ -97,6 +97,17 @@ def test_imagined_rows_change_the_policy(monkeypatch):
     assert not th.equal(weights(ours), weights(reference))
 
 
+@pytest.mark.parametrize("objective", ["mnm-approx", "mbpo"])
+def test_imagined_rows_hold_the_log_ratio_of_the_classifier_that_judged_them(objective, monkeypatch):
+    """Fitted at step 60, it judges the rows of step 90 too; without a classifier nothing is judged."""
+    soon(monkeypatch)
+    model = trained(steps=90, objective=objective, horizon=1)
+    rows = model.world.imagined.sample(50)
+    judged = model.world.classifier.log_ratio(*rows[:3]).detach()
+    assert_close(rows.log_ratio, judged if objective == "mnm-approx" else th.zeros(50, 1))
+    assert len(judged.unique()) > 10
+
+
 # -- objectives, seeds --
 
 
