@@ -54,7 +54,8 @@ class ModelBased(SavedWithWorld):
     :param horizon: imagined steps per trajectory: a number, or a schedule over environment steps
         ``[first_step, last_step, first_horizon, last_horizon]``
     :param imagined_n_steps: imagined rows hold n-step returns of so many steps, at most the horizon: values travel
-        faster than by single steps, and no action is out of date (MBPO: 1)
+        faster than by single steps, and the actions are those of the policy at the last fit (MBPO: 1). As in SB3's
+        n-step buffer, the entropy of the steps between is not paid.
     :param model_train_freq: environment steps between two fits of the world (MBPO: 250)
     :param imagined_per_step: imagined rows per environment step (MBPO: 400); those of one fit last until the next
     :param n_members: networks in the ensemble (MBPO: 7)
@@ -74,7 +75,7 @@ class ModelBased(SavedWithWorld):
     """
 
     #: Defaults of the base algorithm's arguments that suit a model-based learner better.
-    base_defaults: ClassVar[dict[str, Any]] = {"learning_starts": 100, "gradient_steps": 10}
+    base_defaults: ClassVar[dict[str, Any]] = {"gradient_steps": 5}
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class ModelBased(SavedWithWorld):
         horizon: int | Sequence[int] = 5,
         imagined_n_steps: int = 5,
         model_train_freq: int = 250,
-        imagined_per_step: int = 100,
+        imagined_per_step: int = 50,
         n_members: int = 5,
         n_elites: int = 3,
         log_ratio_weight: float | None = None,
@@ -413,6 +414,11 @@ class MBPO(MnM):
     """Model-based policy optimization (Janner et al., 2019): likelihood, the task's reward, single imagined steps."""
 
     def __init__(
-        self, *args: Any, objective: str | Objective = "mbpo", horizon: int | Sequence[int] = 1, **kwargs: Any
+        self,
+        *args: Any,
+        objective: str | Objective = "mbpo",
+        horizon: int | Sequence[int] = 1,
+        imagined_n_steps: int = 1,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, objective=objective, horizon=horizon, **kwargs)
+        super().__init__(*args, objective=objective, horizon=horizon, imagined_n_steps=imagined_n_steps, **kwargs)
