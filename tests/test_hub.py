@@ -67,6 +67,7 @@ def test_the_agent_is_evaluated_in_real_rewards_by_frozen_statistics(packaged):
     # 120 steps of training and its first observation, none of the evaluation.
     assert env.obs_rms.count == pytest.approx(121)
     assert_same(env.obs_rms.mean, model.get_env().obs_rms.mean)
+    assert not model.get_env().norm_reward
     env.training = env.norm_reward = False
     env.seed(7)
     again, _ = evaluate_policy(MnM.load(path, device="cpu"), env, 2)
