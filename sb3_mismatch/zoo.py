@@ -47,16 +47,16 @@ def sample_mbpo(trial: optuna.Trial, n_actions: int, n_envs: int, additional_arg
         "gradient_steps": trial.suggest_categorical("gradient_steps", [1, 5, 10, 20, 40]),
         "real_ratio": trial.suggest_categorical("real_ratio", [0.05, 0.1, 0.2, 0.5]),
         "horizon": trial.suggest_int("horizon", 1, 10, log=True),
-        "imagined_n_steps": trial.suggest_int("imagined_n_steps", 1, 10, log=True),
         "model_train_freq": trial.suggest_categorical("model_train_freq", [125, 250, 500, 1000]),
         "imagined_per_step": trial.suggest_categorical("imagined_per_step", [50, 100, 200, 400]),
     }
 
 
 def sample_mnm(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-    """The same, and the weights of the classifier's term for the policy and for the dynamics."""
+    """The same, the steps of an imagined row, and the weights of the classifier for the policy and the dynamics."""
     return {
         **sample_mbpo(trial, n_actions, n_envs, additional_args),
+        "imagined_n_steps": trial.suggest_int("imagined_n_steps", 1, 10, log=True),
         "log_ratio_weight": trial.suggest_float("log_ratio_weight", 1e-3, 1.0, log=True),
         "adversarial_weight": trial.suggest_float("adversarial_weight", 1e-3, 1.0, log=True),
     }

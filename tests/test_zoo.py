@@ -14,7 +14,6 @@ from stable_baselines3.common.save_util import load_from_pkl
 
 from sb3_mismatch import MnM, zoo
 from sb3_mismatch.contrib import MnMTQC
-from sb3_mismatch.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.xdist_group("zoo")
 
@@ -136,12 +135,9 @@ def test_what_is_sampled_is_what_the_constructor_takes():
     assert sampled == VALUES
     model = MnM("MlpPolicy", "Pendulum-v1", device="cpu", buffer_size=1000, **sampled)
     assert {name: getattr(model, name) for name in VALUES} == VALUES
-    # The weights of a classifier are no settings of an objective without one.
-    assert not OBJECTIVES["mbpo"].uses_classifier
-    assert set(VALUES) - set(zoo.sample_mbpo(FixedTrial(VALUES), 1, 1, {})) == {
-        "log_ratio_weight",
-        "adversarial_weight",
-    }
+    # MBPO has no classifier to weigh, and its rows are single steps.
+    ours = {"imagined_n_steps", "log_ratio_weight", "adversarial_weight"}
+    assert set(VALUES) - set(zoo.sample_mbpo(FixedTrial(VALUES), 1, 1, {})) == ours
 
 
 @pytest.mark.parametrize("algo", zoo.ALGORITHMS)
