@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def logs(tmp_path_factory):
     return folder, train(folder, "-n", "270", "--save-replay-buffer", params=["normalize:True"])
 
 
-def test_train_reads_the_packages_settings_and_saves_a_trained_agent(logs):
+def test_j2_train_reads_the_packages_settings_and_saves_a_trained_agent(logs):
     folder, printed = logs
     assert f"Loading hyperparameters from: {zoo.HYPERPARAMS / 'mnm.yml'}" in printed
     model = MnM.load(folder / AGENT, device="cpu")
@@ -68,13 +69,13 @@ def test_train_reads_the_packages_settings_and_saves_a_trained_agent(logs):
     assert load_from_pkl(folder / "logs/mnm/Pendulum-v1_1/replay_buffer.pkl").size() == 270
 
 
-def test_enjoy_plays_an_episode(logs):
+def test_j4_enjoy_plays_an_episode(logs):
     printed = run(logs[0], "enjoy", "-n", "200", "--no-render", "--exp-id", "1")
     assert re.search(r"1 Episodes\nMean reward: -\d+\.\d+", printed)
     assert "Mean episode length: 200.00" in printed
 
 
-def test_continued_training_starts_from_the_agent_its_world_and_its_replay_buffer(logs):
+def test_j6_continued_training_starts_from_the_agent_its_world_and_its_replay_buffer(logs):
     folder = logs[0]
     printed = train(
         folder, "-n", "50", "-i", AGENT, "--save-replay-buffer", params=["normalize:True", "real_ratio:0.5"]
@@ -89,7 +90,7 @@ def test_continued_training_starts_from_the_agent_its_world_and_its_replay_buffe
     assert load_from_pkl(folder / "logs/mnm/Pendulum-v1_2/replay_buffer.pkl").size() == 320
 
 
-def test_optimize_tries_our_settings_and_a_trial_is_trained_by_its_number(tmp_path):
+def test_j5_optimize_tries_our_settings_and_a_trial_is_trained_by_its_number(tmp_path):
     study = ["--storage", "study.log", "--study-name", "study"]
     printed = train(
         tmp_path,
@@ -109,9 +110,16 @@ def test_optimize_tries_our_settings_and_a_trial_is_trained_by_its_number(tmp_pa
         assert getattr(model, name) == settings[name]
 
 
-def test_a_callback_that_trains_the_base_algorithm_is_refused(logs):
+def test_j8_a_callback_that_trains_the_base_algorithm_is_refused(logs):
     printed = train(logs[0], "-n", "50", params=["callback:'rl_zoo3.callbacks.ParallelTrainCallback'"], fails=True)
     assert "ValueError: a callback has put its own train() in the place of this class's" in printed
+
+
+def test_j7_the_runs_own_settings_name_nothing_of_this_package(logs):
+    folder, _ = logs
+    written = [path.read_text(encoding="utf-8") for path in (folder / "logs").rglob("config.yml")]
+    assert written
+    assert all("gradient_steps" in text and "sb3_mismatch" not in text for text in written)
 
 
 # -- without rl_zoo3 --
@@ -130,7 +138,7 @@ VALUES = {
 }
 
 
-def test_what_is_sampled_is_what_the_constructor_takes():
+def test_j5_what_is_sampled_is_what_the_constructor_takes():
     sampled = zoo.sample_mnm(FixedTrial(VALUES), 1, 1, {})
     assert sampled == VALUES
     model = MnM("MlpPolicy", "Pendulum-v1", device="cpu", buffer_size=1000, **sampled)
@@ -141,7 +149,7 @@ def test_what_is_sampled_is_what_the_constructor_takes():
 
 
 @pytest.mark.parametrize("algo", zoo.ALGORITHMS)
-def test_settings_of_the_package_are_plain_and_constructible(algo):
+def test_j3_settings_of_the_package_are_plain_and_constructible(algo):
     entries = yaml.safe_load(zoo.config_file(algo).read_text(encoding="utf-8"))
     assert set(entries) == {"default", "InvertedPendulum-v5", "Pendulum-v1"}
     for env, settings in entries.items():
@@ -152,8 +160,18 @@ def test_settings_of_the_package_are_plain_and_constructible(algo):
         assert type(model) is zoo.ALGORITHMS[algo]
 
 
-def test_another_command_is_told_how_it_is_used(monkeypatch):
+def test_j1_another_command_is_told_how_it_is_used(monkeypatch):
     for arguments in ([], ["plot"]):
         monkeypatch.setattr(sys, "argv", ["zoo", *arguments])
         with pytest.raises(SystemExit, match=r"^usage: python -m sb3_mismatch.zoo \{train,enjoy\}"):
             zoo.main()
+
+
+def test_j9_the_extra_brings_what_rl_zoo3_forgets_to_name():
+    assert any(re.match(r"requests\b.*zoo", wanted) for wanted in requires("sb3-mismatch"))
+
+
+def test_j10_settings_are_the_constructors_own_but_for_the_number_of_steps():
+    for path in zoo.HYPERPARAMS.glob("*.yml"):
+        for settings in yaml.safe_load(path.read_text(encoding="utf-8")).values():
+            assert set(settings) == {"n_timesteps", "policy"}

@@ -41,7 +41,7 @@ def packaged(tmp_path_factory):
     return model, folder, path
 
 
-def test_the_packaged_agent_is_loaded_with_its_world(packaged):
+def test_k5_the_packaged_agent_is_loaded_with_its_world_and_by_sac(packaged):
     model, folder, path = packaged
     assert path == folder / "mnm-Pendulum-v1.zip"
     loaded = MnM.load(path, device="cpu")
@@ -51,7 +51,7 @@ def test_the_packaged_agent_is_loaded_with_its_world(packaged):
     assert_same(theirs.predict(OBSERVATIONS, deterministic=True)[0], model.predict(OBSERVATIONS, deterministic=True)[0])
 
 
-def test_the_folder_holds_what_the_hub_shows(packaged):
+def test_k1_the_folder_holds_what_the_hub_shows(packaged):
     model, folder, _ = packaged
     config = json.loads((folder / "config.json").read_text())
     assert config["objective"] == model.objective
@@ -59,7 +59,7 @@ def test_the_folder_holds_what_the_hub_shows(packaged):
     assert (folder / "mnm-Pendulum-v1" / "policy.pth").is_file()
 
 
-def test_the_agent_is_evaluated_in_real_rewards_by_frozen_statistics(packaged):
+def test_k1_the_agent_is_evaluated_in_real_rewards_by_frozen_statistics(packaged):
     model, folder, path = packaged
     results = json.loads((folder / "results.json").read_text())
     assert results["n_eval_episodes"] == 2
@@ -76,7 +76,7 @@ def test_the_agent_is_evaluated_in_real_rewards_by_frozen_statistics(packaged):
     assert -3260 < again < -200
 
 
-def test_the_card_names_this_package(packaged):
+def test_k3_the_card_names_this_package(packaged):
     _, folder, _ = packaged
     card, results = ModelCard.load(folder / "README.md"), json.loads((folder / "results.json").read_text())
     assert card.data.library_name == "stable-baselines3"
@@ -88,7 +88,7 @@ def test_the_card_names_this_package(packaged):
     assert "from stable_baselines3 import SAC" in card.text
 
 
-def test_the_cards_code_loads_the_agent(packaged, monkeypatch):
+def test_k2_the_cards_code_loads_the_agent(packaged, monkeypatch):
     model, folder, _ = packaged
     asked = []
 
@@ -105,7 +105,7 @@ def test_the_cards_code_loads_the_agent(packaged, monkeypatch):
     assert_same(dict(scope["model"].policy.state_dict()), dict(model.policy.state_dict()))
 
 
-def test_names_are_those_of_the_hub_and_cards_those_of_the_class():
+def test_k4_names_are_those_of_the_hub_and_cards_those_of_the_class():
     model = MnMTQC("MlpPolicy", ENV, **small())
     for env_id in (ENV, "ALE/Pong-v5", "some_module:Box/Env-v0"):
         assert model_name(model, env_id) == ModelName("mnmtqc", EnvironmentName(env_id))
@@ -115,13 +115,13 @@ def test_names_are_those_of_the_hub_and_cards_those_of_the_class():
     assert "from sb3_contrib import TQC" in text
 
 
-def test_a_plain_environment_is_evaluated_too(tmp_path):
+def test_k1_a_plain_environment_is_evaluated_too(tmp_path):
     package(MnM("MlpPolicy", ENV, **small()), tmp_path, ENV, gym.make(ENV), "a/b", n_eval_episodes=1)
     assert json.loads((tmp_path / "results.json").read_text())["std_reward"] == 0
     assert not (tmp_path / "vec_normalize.pkl").exists()
 
 
-def test_package_to_hub_takes_our_agents(tmp_path, monkeypatch):
+def test_k1_package_to_hub_takes_our_agents(tmp_path, monkeypatch):
     """huggingface_sb3's own function, up to where it uploads."""
     uploaded = tmp_path / "uploaded"
 
