@@ -139,6 +139,11 @@ class ModelBased(SavedWithWorld):
         super()._setup_model()
         assert self.replay_buffer is not None
         check_rows(self.replay_buffer)
+        if self.optimize_memory_usage and self.termination_fn is None and self.verbose >= 1:
+            print(
+                "optimize_memory_usage=True keeps no last observation of an episode, so that ends cannot be learned: "
+                "pass termination_fn if episodes end before their time limit"
+            )
         # The world's networks are drawn from its own streams: the policy's weights are the base algorithm's.
         with self._streams.active():
             self.world = World(

@@ -92,6 +92,13 @@ def test_c4_optimize_memory_usage_never_teaches_a_reset(buffer_size):
     assert not data.batch.dones.any()
 
 
+def test_c4_ends_that_cannot_be_learned_are_told(capsys):
+    settings = {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}
+    for given, told in (({}, True), ({"termination_fn": lambda s, a, t: a[:, 0] > 2}, False)):
+        MnM("MlpPolicy", BoxEnv(), **small(verbose=1, **settings, **given))
+        assert ("pass termination_fn" in capsys.readouterr().out) == told
+
+
 def test_c4_optimize_memory_usage_needs_sb3s_own_setting():
     with pytest.raises(ValueError, match="optimize_memory_usage"):
         MnM("MlpPolicy", BoxEnv(), **small(optimize_memory_usage=True))
