@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 
 from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, latest_episodes, real_transitions
 from sb3_mismatch.fast_sac import FastSAC
 from sb3_mismatch.fitting import Terms, fit_classifier, fit_dynamics
+from sb3_mismatch.guards import Guarded
 from sb3_mismatch.imagination import (
     Trajectories,
     discounting_horizon,
@@ -26,7 +24,7 @@ from sb3_mismatch.imagination import (
     n_step_rows,
 )
 from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_offset
-from sb3_mismatch.observations import Normalization, Observations, TensorObservations, check_finite
+from sb3_mismatch.observations import Normalization, TensorObservations
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.saving import SavedWithWorld
 from sb3_mismatch.settings import WEIGHTS, check_replay_buffer_class, check_rows, check_settings, joined_signature
@@ -39,7 +37,7 @@ SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 FEWEST_ROWS = 256
 
 
-class ModelBased(SavedWithWorld):
+class ModelBased(Guarded, SavedWithWorld):
     """
     Gives an off-policy actor-critic of SB3 a learned world. Mixed in before the algorithm:
     ``class MnM(ModelBased, FastSAC)``.
@@ -182,35 +180,6 @@ class ModelBased(SavedWithWorld):
         """SB3's ``learn``; ``tb_log_name`` defaults to the class's name."""
         tb_log_name = tb_log_name or type(self).__name__
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        trains = self.train
-        prepared = super()._setup_learn(*args, **kwargs)
-        if self.train != trains:
-            raise ValueError(
-                "a callback has put its own train() in the place of this class's, so that no world would be learned "
-                "(rl_zoo3's ParallelTrainCallback trains the base algorithm): leave it out, or use the base algorithm"
-            )
-        check_finite("observation", self._last_obs)  # type: ignore[arg-type]
-        return prepared
-
-    def _store_transition(
-        self,
-        replay_buffer: ReplayBuffer,
-        buffer_action: np.ndarray,
-        new_obs: Observations,
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        """SB3's; what is not finite stops here, before any network sees it."""
-        normalize = self._vec_normalize_env
-        check_finite("observation", new_obs if normalize is None else normalize.get_original_obs())
-        check_finite("reward", reward if normalize is None else normalize.get_original_reward())
-        for info, done in zip(infos, dones, strict=True):
-            if done and info.get("terminal_observation") is not None:
-                check_finite("terminal_observation", info["terminal_observation"])
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """

@@ -71,23 +71,6 @@ class FlatObservations:
         )
 
 
-def check_finite(name: str, values: Observations) -> None:
-    """
-    Stop at what no network may see.
-
-    :param name: of the values, for the message
-    :param values: (n_envs, ...), or a dict of such
-    :raises ValueError: when one of them is NaN or infinite
-    """
-    for key, part in values.items() if isinstance(values, dict) else [("", values)]:
-        if not np.isfinite(part).all():
-            place = tuple(np.argwhere(~np.isfinite(part))[0])
-            raise ValueError(
-                f"the environment returned {name}{key and f'[{key!r}]'} = {part[place]} at index {[*map(int, place)]}: "
-                "it must be finite; wrap the environment in stable_baselines3.common.vec_env.VecCheckNan to see why"
-            )
-
-
 @dataclass(frozen=True)
 class Normalization:
     """
