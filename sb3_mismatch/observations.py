@@ -41,12 +41,6 @@ class FlatObservations:
             self.shapes[key] = part.shape
         self.sizes = {key: int(np.prod(shape)) for key, shape in self.shapes.items()}
         self.dim = sum(self.sizes.values())
-        self.low = self._flat_bounds([part.low for part in parts.values()])  # type: ignore[attr-defined]
-        self.high = self._flat_bounds([part.high for part in parts.values()])  # type: ignore[attr-defined]
-
-    @staticmethod
-    def _flat_bounds(bounds: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.ravel(bound).astype(np.float32) for bound in bounds])
 
     def flatten(self, observations: Observations, n: int) -> np.ndarray:
         """``n`` observations of any leading shape -> (n, dim) float32."""

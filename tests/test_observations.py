@@ -49,12 +49,6 @@ def test_dict_round_trip_in_any_order(keys):
         np.testing.assert_array_equal(back[key].numpy(), values[key].astype(np.float32))
 
 
-def test_bounds_are_flat():
-    flat = FlatObservations(spaces.Dict({"a": spaces.Box(-1, 2, (2, 1)), "b": spaces.Box(0, np.inf, (1,))}))
-    np.testing.assert_array_equal(flat.low, [-1, -1, 0])
-    np.testing.assert_array_equal(flat.high, [2, 2, np.inf])
-
-
 @pytest.mark.parametrize(
     ("space", "sentence"),
     [
