@@ -239,7 +239,13 @@ class Dynamics(nn.Module):
 
     @th.no_grad()
     def disagreement(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """Standard deviation over members of the standardised means, averaged over targets: (N, .) -> (N, 1)."""
+        """
+        Standard deviation over members of the standardised means, averaged over targets: (N, .) -> (N, 1).
+
+        A single member agrees with itself: zero.
+        """
+        if self.n_members == 1:
+            return th.zeros_like(observations[:, :1])
         stacked = [x.expand(self.n_members, *x.shape) for x in (observations, actions)]
         predicted: Gaussian = self(*stacked)
         return predicted.mean.std(dim=0).mean(dim=-1, keepdim=True)

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mismatch.dynamics import Dynamics
+from sb3_mismatch.dynamics import Dynamics, Gaussian
 from sb3_mismatch.terminations import Outcomes
 
 #: (n, obs_dim) raw flat observations -> (n, action_dim) actions in [-1, 1]
@@ -69,6 +70,65 @@ def imagine(act: Act, dynamics: Dynamics, outcomes: Outcomes, starts: th.Tensor,
         # the user's functions are asked about states in which nobody lives.
         observations, alive = th.where(ends > 0, observations, next_observations), alive * (1 - ends)
     return Trajectories(*(th.stack(column) for column in zip(*steps, strict=True)))
+
+
+class Imagined(NamedTuple):
+    """
+    Imagined trajectories to look at: NumPy arrays in the environment's own units, step first.
+
+    Behind an end observations stand still at the last one, and all else is zero.
+
+    :param observations: (horizon + 1, n, obs_dim) flat, the start among them
+    :param actions: (horizon, n, action_dim), between the bounds of the action space
+    :param rewards: (horizon, n)
+    :param terminated: (horizon, n) bool, true where the episode ends with the step; the horizon is no end
+    :param alive: (horizon, n) bool, true where no end came before the step
+    :param log_ratio: (horizon, n) the classifier's log p/q in nats; zero under an objective without a classifier
+    :param disagreement: (horizon, n) standard deviation of the members' means in standardised units, over all targets
+    :param member_observations: (n_members, horizon + 1, n, obs_dim), where each member alone goes by its mean, from the
+        same start under the same actions: their spread is what the members do not agree upon
+    :param member_rewards: (n_members, horizon, n), each member's along its own way
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    alive: np.ndarray
+    log_ratio: np.ndarray
+    disagreement: np.ndarray
+    member_observations: np.ndarray
+    member_rewards: np.ndarray
+
+
+def visited(trajectories: Trajectories) -> th.Tensor:
+    """All states met, start and end among them, (horizon + 1, n, obs_dim): behind an end they stand still."""
+    states = [trajectories.observations[0]]
+    for next_observations, alive in zip(trajectories.next_observations, trajectories.alive, strict=True):
+        states.append(th.where(alive > 0, next_observations, states[-1]))
+    return th.stack(states)
+
+
+@th.no_grad()
+def members_ways(dynamics: Dynamics, outcomes: Outcomes, trajectories: Trajectories) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Where each member alone goes by its mean, from the starts of ``trajectories`` under their actions, E members.
+
+    :return: states (horizon + 1, E, n, obs_dim) and rewards (horizon, E, n, 1); behind an end of ``trajectories``
+        states stand still and rewards are zero
+    """
+    n_members, (n, obs_dim) = dynamics.n_members, trajectories.observations[0].shape
+    observations = trajectories.observations[0].expand(n_members, n, obs_dim)
+    states, rewards = [observations], []
+    for step_actions, alive in zip(trajectories.actions, trajectories.alive, strict=True):
+        actions = step_actions.expand(n_members, *step_actions.shape)
+        predicted: Gaussian = dynamics(observations, actions)
+        next_observations, learned = dynamics.decode(observations, predicted.mean)
+        flat = (x.flatten(0, 1) for x in (observations, actions, next_observations, learned))
+        rewards.append(alive * outcomes.rewards(*flat).view(n_members, n, 1))
+        observations = th.where(alive > 0, next_observations, observations)
+        states.append(observations)
+    return th.stack(states), th.stack(rewards)
 
 
 class ImaginedRows(NamedTuple):

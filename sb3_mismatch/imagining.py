@@ -1,15 +1,31 @@
 """The agent in its learned world: what it does there, what it is paid, and what it is worth."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.utils import is_vectorized_observation
 
 from sb3_mismatch.buffers import latest_episodes
-from sb3_mismatch.imagination import Trajectories, discounting_horizon, imagine, lower_bound
+from sb3_mismatch.imagination import (
+    Act,
+    Imagined,
+    Trajectories,
+    discounting_horizon,
+    imagine,
+    lower_bound,
+    members_ways,
+    visited,
+)
 from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_offset
-from sb3_mismatch.observations import Normalization, TensorObservations
-from sb3_mismatch.settings import WEIGHTS
+from sb3_mismatch.observations import Normalization, Observations, TensorObservations
+from sb3_mismatch.randomness import RandomStreams
+from sb3_mismatch.settings import WEIGHTS, check_count
 from sb3_mismatch.world import World
 
 
@@ -21,6 +37,99 @@ class Imagining(OffPolicyAlgorithm):
     reward_shift: float | str
     reward_floor: float
     _world_log: dict[str, float]
+    _streams: RandomStreams
+    _fitted_at: int | None
+
+    # -- for people --
+
+    def imagine(
+        self,
+        observations: Observations,
+        horizon: int,
+        actions: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> Imagined:
+        """
+        Trajectories in the learned world from given observations, to look at.
+
+        The policy, the world and their random draws stay as they are: the same call gives the same trajectories until
+        the agent learns on.
+
+        :param observations: in the environment's own form and units, n of them or a single one (n = 1)
+        :param horizon: steps
+        :param actions: (horizon, n, action_dim) in the environment's units, clipped to the bounds of the action space;
+            ``None``: the policy acts
+        :param deterministic: as in ``predict``: the policy acts by its mode; the world is drawn from all the same
+        :raises ValueError: when no world has been fitted, or a shape does not fit
+        """
+        self._check_fitted("imagine()")
+        check_count("horizon", horizon)
+        n = _count(observations, self.observation_space)
+        starts = th.as_tensor(self.world.observations.flatten(observations, n), device=self.device)
+        act: Act = self._mode if deterministic else self._act
+        if actions is not None:
+            act = _given(self._scaled(actions, horizon, n))
+        with self._at_rest():
+            trajectories = self._imagined_from(starts, horizon, act)
+            return self._told(trajectories)
+
+    def _check_fitted(self, who: str) -> None:
+        """:raises ValueError: when no world has been fitted"""
+        if self._fitted_at is None:
+            raise ValueError(
+                f"{who} needs a learned world and none has been fitted yet: call learn() first, for as many steps as "
+                "learning_starts and a first fit take"
+            )
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Evaluation mode and draws from the world's streams; afterwards both are as before."""
+        training, state = self.policy.training, self._streams.state_dict()
+        self.policy.set_training_mode(False)
+        try:
+            with self._streams.active():
+                yield
+        finally:
+            self._streams.load_state_dict(state)
+            self.policy.set_training_mode(training)
+
+    def _scaled(self, actions: np.ndarray, horizon: int, n: int) -> th.Tensor:
+        """The environment's actions (horizon, n, ...) -> (horizon, n, action_dim) in [-1, 1]."""
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        given = np.asarray(actions, dtype=np.float32)
+        if given.size != horizon * n * spaces.flatdim(space):
+            wanted = (horizon, n, *space.shape)
+            raise ValueError(f"actions has shape {given.shape}: pass {wanted}, or None to let the policy act")
+        given = given.reshape(horizon, n, *space.shape).clip(space.low, space.high)
+        scaled = self.policy.scale_action(given).astype(np.float32)
+        return th.as_tensor(scaled.reshape(horizon, n, -1), device=self.device)
+
+    def _told(self, trajectories: Trajectories) -> Imagined:
+        """Trajectories with all that there is to say of them."""
+        alive, (horizon, n) = trajectories.alive, trajectories.rewards.shape[:2]
+        pairs = (trajectories.observations.flatten(0, 1), trajectories.actions.flatten(0, 1))
+        disagreement = self.world.dynamics.disagreement(*pairs).view(horizon, n, 1)
+        ways, member_rewards = members_ways(self.world.dynamics, self.world.outcomes, trajectories)
+
+        def array(column: th.Tensor) -> np.ndarray:
+            return (alive * column).squeeze(-1).cpu().numpy()
+
+        actions = trajectories.actions.cpu().numpy().reshape(horizon, n, *self.action_space.shape)  # type: ignore[misc]
+        actions = self.policy.unscale_action(actions).reshape(horizon, n, -1)
+        return Imagined(
+            observations=visited(trajectories).cpu().numpy(),
+            actions=actions * alive.cpu().numpy(),
+            rewards=array(trajectories.rewards),
+            terminated=array(trajectories.dones) > 0,
+            alive=array(alive) > 0,
+            log_ratio=array(self._log_ratio(trajectories)),
+            disagreement=array(disagreement),
+            member_observations=ways.transpose(0, 1).cpu().numpy(),
+            member_rewards=member_rewards.transpose(0, 1).squeeze(-1).cpu().numpy(),
+        )
+
+    # -- for the round --
 
     @property
     def _row(self) -> Objective:
@@ -58,14 +167,19 @@ class Imagining(OffPolicyAlgorithm):
         actions: th.Tensor = self.actor(self._policy_observations(flat))
         return actions
 
-    def _imagined_from(self, starts: th.Tensor, horizon: int) -> Trajectories:
-        """Trajectories of the current policy in the learned world."""
+    def _mode(self, flat: th.Tensor) -> th.Tensor:
+        """The mode of the current policy, scaled, at raw flat observations."""
+        actions: th.Tensor = self.actor(self._policy_observations(flat), deterministic=True)
+        return actions
+
+    def _imagined_from(self, starts: th.Tensor, horizon: int, act: Act | None = None) -> Trajectories:
+        """Trajectories in the learned world, of the current policy unless others act."""
         # gSDE's exploration matrices belong to the environment's rollout.
         distribution = getattr(self.actor, "action_dist", None)
         names = [name for name in ("exploration_mat", "exploration_matrices") if hasattr(distribution, name)]
         kept = {name: getattr(distribution, name) for name in names}
         try:
-            return imagine(self._act, self.world.dynamics, self.world.outcomes, starts, horizon)
+            return imagine(act or self._act, self.world.dynamics, self.world.outcomes, starts, horizon)
         finally:
             for name, matrix in kept.items():
                 setattr(distribution, name, matrix)
@@ -100,3 +214,21 @@ class Imagining(OffPolicyAlgorithm):
         self._world_log["objective/log_return"] = payment.log_return(
             episodes.rewards / (1.0 if normalize is None else normalize.reward_std), episodes.steps
         )
+
+
+def _count(observations: Observations, space: spaces.Space[Any]) -> int:
+    """
+    How many observations there are; a single one without a leading axis is one.
+
+    :raises ValueError: when they do not fit the space
+    """
+    parts = observations if isinstance(observations, dict) else {"": observations}
+    if not is_vectorized_observation(observations, space):  # type: ignore[arg-type]
+        return 1
+    return len(next(iter(parts.values())))
+
+
+def _given(actions: th.Tensor) -> Act:
+    """A policy that plays ``actions``, (horizon, n, action_dim), one after the other."""
+    steps = iter(actions)
+    return lambda _: next(steps)
