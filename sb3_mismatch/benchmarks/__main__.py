@@ -35,6 +35,11 @@ def make_parser() -> argparse.ArgumentParser:
     learn.add_argument("--out", type=Path, required=True)
     report = commands.add_parser("report", help="write report.md and curves.png into a folder of finished runs")
     report.add_argument("--out", type=Path, required=True)
+    memory = commands.add_parser("memory", help="measure the resident memory of a long run of MnM on Pendulum-v1")
+    memory.add_argument("--steps", type=positive, default=30_000)
+    memory.add_argument("--every", type=positive, default=1_000, help="steps between two measurements")
+    memory.add_argument("--buffer-size", type=positive, default=10_000)
+    memory.add_argument("--out", type=Path, default=Path("memory"))
     return parser
 
 
@@ -74,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(*write_report(args.out), sep="\n")
             return 0
+        if args.command == "memory":
+            from sb3_mismatch.benchmarks import memory
+
+            return 0 if memory.report(memory.measure(args.steps, args.every, args.buffer_size, args.out)) else 1
         cells = asked_cells(args)
         unfinished = prepare(cells, args.out, "python -m sb3_mismatch.benchmarks " + shlex.join(argv))
     except ValueError as error:
