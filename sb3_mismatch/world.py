@@ -48,6 +48,10 @@ class World:
         termination_fn: TransitionFunction | None = None,
         reward_fn: TransitionFunction | None = None,
     ) -> None:
+        # Another world of this kind can be made of these.
+        self.observation_space, self.action_space = observation_space, action_space
+        self.dynamics_kwargs, self.classifier_kwargs = dict(dynamics_kwargs), dict(classifier_kwargs)
+        self.fit_kwargs = dict(fit_kwargs)
         self.observations = FlatObservations(observation_space)
         sizes = (self.observations.dim, spaces.flatdim(action_space))
         self.dynamics, learning_rate = _network(
