@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import is_vectorized_observation
 
-from sb3_mismatch.buffers import latest_episodes
+from sb3_mismatch.buffers import latest_episodes, real_transitions
 from sb3_mismatch.imagination import (
     Act,
     Imagined,
@@ -27,6 +27,7 @@ from sb3_mismatch.observations import Normalization, Observations, TensorObserva
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.settings import WEIGHTS, check_count
 from sb3_mismatch.world import World
+from sb3_mismatch.world_env import FORMS, ImaginedEpisodes
 
 
 class Imagining(OffPolicyAlgorithm):
@@ -72,6 +73,67 @@ class Imagining(OffPolicyAlgorithm):
         with self._at_rest():
             trajectories = self._imagined_from(starts, horizon, act)
             return self._told(trajectories)
+
+    def world_env(
+        self,
+        n_envs: int = 1,
+        max_episode_steps: int | None = None,
+        starts: str | Observations = "episodes",
+        kind: str = "sb3",
+        seed: int | None = None,
+    ) -> Any:
+        """
+        The learned world as it stands, a copy, as an environment in raw units: what VecNormalize would wrap.
+
+        :param n_envs: episodes side by side
+        :param max_episode_steps: time limit; ``None``: the real environment's, or 1000 where it tells none
+        :param starts: where episodes start: "episodes", where those in the replay buffer did; "states", at any real
+            state in it; or observations in the environment's own form
+        :param kind: "sb3", a ``VecEnv`` of Stable-Baselines3; "gymnasium", a ``gymnasium.vector.VectorEnv``; "single",
+            a ``gymnasium.Env``
+        :param seed: of the imagined episodes; ``None`` derives one from torch's global generator
+        :raises ValueError: when no world has been fitted, there is no start, or an argument is unknown
+        """
+        self._check_fitted("world_env()")
+        if kind not in FORMS:
+            raise ValueError(f"kind={kind!r} is unknown: use one of {', '.join(map(repr, FORMS))}")
+        assert isinstance(self.action_space, spaces.Box)
+        episodes = ImaginedEpisodes(
+            self.world,
+            self.observation_space,
+            self.action_space,
+            th.as_tensor(self._starts(starts), device=self.device),
+            n_envs,
+            self._time_limit() if max_episode_steps is None else max_episode_steps,
+            seed,
+            judges=self._row.uses_classifier,
+        )
+        return FORMS[kind](episodes)
+
+    def _starts(self, starts: str | Observations) -> np.ndarray:
+        """Raw flat states to start from, (m, obs_dim)."""
+        flat = self.world.observations
+        if not isinstance(starts, str):
+            return flat.flatten(starts, _count(starts, self.observation_space))
+        if starts not in ("episodes", "states"):
+            raise ValueError(f"starts={starts!r} is unknown: use 'episodes', 'states', or observations")
+        buffer = self.replay_buffer
+        if buffer is None or buffer.size() == 0:
+            raise ValueError(
+                f"starts={starts!r} draws from the replay buffer, which is empty: call load_replay_buffer() first, or "
+                "pass observations"
+            )
+        firsts = latest_episodes(buffer, flat, most=1000).first_observations
+        if starts == "episodes" and len(firsts) > 0:
+            return firsts
+        # In the first episode any state stands for its start.
+        return real_transitions(buffer, flat, th.device("cpu")).batch.observations.numpy()
+
+    def _time_limit(self) -> int:
+        """The real environment's time limit in steps."""
+        env = self.get_env()
+        spec = env.get_attr("spec")[0] if env is not None and env.has_attr("spec") else None
+        return getattr(spec, "max_episode_steps", None) or 1000
 
     def _check_fitted(self, who: str) -> None:
         """:raises ValueError: when no world has been fitted"""
