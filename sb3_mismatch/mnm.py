@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSam
 
 from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, real_transitions
 from sb3_mismatch.fast_sac import FastSAC
+from sb3_mismatch.figures import show_world
 from sb3_mismatch.fitting import Terms, fit_classifier, fit_dynamics
 from sb3_mismatch.guards import Guarded
 from sb3_mismatch.imagination import horizon_at, n_step_rows
@@ -62,6 +63,8 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param dynamics_kwargs: further arguments of :class:`~sb3_mismatch.dynamics.Dynamics`, and its ``learning_rate``
     :param classifier_kwargs: arguments of :class:`~sb3_mismatch.classifier.Classifier`, and its ``learning_rate``
     :param fit_kwargs: arguments of :class:`~sb3_mismatch.fitting.FitSettings`
+    :param figures_every: fits of the world between two sets of pictures of it in TensorBoard, where the logger writes
+        there; 0: none
     """
 
     #: Defaults of the base algorithm's arguments that suit a model-based learner better.
@@ -88,6 +91,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         dynamics_kwargs: dict[str, Any] | None = None,
         classifier_kwargs: dict[str, Any] | None = None,
         fit_kwargs: dict[str, Any] | None = None,
+        figures_every: int = 10,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -112,7 +116,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.dynamics_kwargs = dynamics_kwargs
         self.classifier_kwargs = classifier_kwargs
         self.fit_kwargs = fit_kwargs
+        self.figures_every = figures_every
         self._fitted_at: int | None = None
+        self._n_fits = 0
         self._world_log: dict[str, float] = {}
         if _init_setup_model:
             self._setup_model()
@@ -183,6 +189,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
                 self._imagine(data)
                 self._estimate_bound(payment)
                 self._fitted_at = self.num_timesteps
+                self._n_fits += 1
+                if self.figures_every and self._n_fits % self.figures_every == 0:
+                    show_world(self, data)
             elif self._fitted_at is not None and len(self.world.imagined) == 0 and self._n_rows > 0:
                 # A loaded world is fitted and has imagined nothing yet.
                 self._imagine(self._real_transitions())

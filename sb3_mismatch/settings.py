@@ -40,6 +40,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     check_number("real_ratio", settings["real_ratio"], 0, 1)
     for name in COUNTS:
         check_count(name, settings[name])
+    if settings["figures_every"] != 0:
+        check_count("figures_every", settings["figures_every"], "0 for none, or ")
     if settings["n_elites"] > settings["n_members"]:
         raise ValueError(
             f"n_elites={settings['n_elites']} is more than n_members={settings['n_members']}: "
@@ -88,10 +90,10 @@ def check_rows(buffer: ReplayBuffer) -> None:
             )
 
 
-def check_count(name: str, value: Any) -> None:
-    """A whole number of at least 1."""
+def check_count(name: str, value: Any, otherwise: str = "") -> None:
+    """A whole number of at least 1; ``otherwise`` says before it what else may be."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        raise ValueError(f"{name}={value!r} must be {otherwise}a whole number of at least 1")
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
