@@ -1,8 +1,10 @@
 """Fit the dynamics (bootstraps, holdout, early stop, elites) and the classifier."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -21,6 +23,9 @@ ModelLoss = Callable[[ReplayBufferSamples], th.Tensor]
 SampleNext = Callable[[th.Tensor, th.Tensor], th.Tensor]
 #: raw flat observations (n, obs_dim) -> V, (n, 1), differentiable in them
 Value = Callable[[th.Tensor], th.Tensor]
+
+#: A fit that ends so many nats above where it began has exploded; noise and overfitting move it by a few.
+EXPLOSION = 10.0
 
 
 class Terms:
@@ -111,32 +116,62 @@ def split_holdout(data: RealTransitions, settings: FitSettings) -> tuple[th.Tens
     return train, holdout
 
 
-class BestMembers:
-    """The best parameters of each member seen so far, by an error of each: members are kept one by one."""
+def exploded(before: th.Tensor, after: th.Tensor) -> th.Tensor:
+    """Whether a loss on held-out rows, in nats, is no longer finite or has risen by ``EXPLOSION``: bool."""
+    return ~(after - before < EXPLOSION)
 
-    def __init__(self, module: nn.Module, threshold: float) -> None:
+
+class BestMembers:
+    """
+    The best parameters of each member seen so far, by an error of each: members are kept one by one.
+
+    A member whose last error has exploded, or whose moments in the optimizer overflow, gets these back too as they
+    were at the start: what they hold of the explosion would lead every later step astray.
+    """
+
+    def __init__(self, module: nn.Module, threshold: float, optimizer: th.optim.Optimizer) -> None:
         self._parameters = list(module.parameters())
         self._best = [p.detach().clone() for p in self._parameters]
-        self._threshold = threshold
+        self._threshold, self._optimizer = threshold, optimizer
+        self._moments = [{name: m.clone() for name, m in self._moments_of(p).items()} for p in self._parameters]
         self.error = th.full((len(self._parameters[0]),), th.inf, device=self._parameters[0].device)
         self._reference = self.error.clone()
+        self._first: th.Tensor | None = None
+        self._last = self.error
+
+    def _moments_of(self, parameter: nn.Parameter) -> dict[str, th.Tensor]:
+        """What the optimizer keeps for each entry of the parameter; nothing before its first step."""
+        state = self._optimizer.state.get(parameter, {})
+        return {name: x for name, x in state.items() if isinstance(x, th.Tensor) and x.shape == parameter.shape}
 
     def update(self, error: th.Tensor) -> th.Tensor:
         """Keep members whose ``error``, (E,), is their lowest; whether any fell by more than the threshold: bool ()."""
+        self._first, self._last = error if self._first is None else self._first, error
         better = error < self.error
         for best, parameter in zip(self._best, self._parameters, strict=True):
-            chosen = better.view(-1, *[1] * (parameter.dim() - 1))
-            best.copy_(th.where(chosen, parameter.detach(), best))
+            best.copy_(th.where(_each(better, parameter), parameter.detach(), best))
         self.error = th.where(better, error, self.error)
         progressed = error < self._reference - self._threshold
         self._reference = th.where(progressed, error, self._reference)
         return progressed.any()
 
-    def restore(self) -> None:
-        """Put the best parameters back."""
-        with th.no_grad():
-            for best, parameter in zip(self._best, self._parameters, strict=True):
-                parameter.copy_(best)
+    @th.no_grad()
+    def restore(self) -> th.Tensor:
+        """Put the best parameters back; which members had exploded, bool (E,)."""
+        assert self._first is not None
+        lost = exploded(self._first, self._last)
+        for moment in (m for p in self._parameters for m in self._moments_of(p).values()):
+            lost |= ~moment.flatten(1).isfinite().all(dim=1)
+        for parameter, best, before in zip(self._parameters, self._best, self._moments, strict=True):
+            parameter.copy_(best)
+            for name, moment in self._moments_of(parameter).items():
+                moment.copy_(th.where(_each(lost, moment), before.get(name, th.zeros_like(moment)), moment))
+        return lost
+
+
+def _each(chosen: th.Tensor, parameter: th.Tensor) -> th.Tensor:
+    """(E,) -> (E, 1, ...), one for each member of a parameter."""
+    return chosen.view(-1, *[1] * (parameter.dim() - 1))
 
 
 def fit_dynamics(
@@ -154,8 +189,9 @@ def fit_dynamics(
     error: a few hard rows rule it, and by it the best variances are those of the first steps).
 
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
-    :return: for the log, on held-out rows: negative log-likelihood, squared error per head, steps taken
-    :raises ValueError: when the loss on held-out rows is not finite
+    :return: for the log, on held-out rows: negative log-likelihood, squared error per head, steps taken, and how many
+        members had exploded (:func:`exploded`) and were rolled back with their optimizer's moments
+    :raises ValueError: when the loss on held-out rows is not finite at any check, the start among them
     """
     train, holdout = split_holdout(data, settings)
     batch, n_members, device = data.batch, dynamics.n_members, data.position.device
@@ -167,8 +203,8 @@ def fit_dynamics(
     columns = th.randint(len(train), (settings.max_steps, n_members, settings.batch_size), device=device)
     check_every = min(max(len(train) // settings.batch_size, 50), 100)
     # Ends are judged apart from states and rewards: their heads share no parameter with the others.
-    best_body = BestMembers(_Body(dynamics), settings.threshold)
-    best_end = BestMembers(dynamics.end, settings.threshold)
+    best_body = BestMembers(_Body(dynamics), settings.threshold, optimizer)
+    best_end = BestMembers(dynamics.end, settings.threshold, optimizer)
 
     def check() -> bool:
         with th.no_grad():
@@ -189,8 +225,7 @@ def fit_dynamics(
             steps += 1
         idle = 0 if check() else idle + 1
     dynamics.eval()
-    best_body.restore()
-    best_end.restore()
+    rolled_back = best_body.restore() | best_end.restore()
 
     if not best_body.error.isfinite().all():
         raise ValueError(
@@ -208,6 +243,7 @@ def fit_dynamics(
         "dynamics/reward_error": elite_error[-1].item(),
         "dynamics/end_error": best_end.error.mean().item(),
         "dynamics/fit_steps": steps,
+        "dynamics/rolled_back": int(rolled_back.sum()),
     }
 
 
@@ -247,14 +283,20 @@ def fit_classifier(
     """
     Train the classifier on real s' against s' ~ q(.|s, a) at the same (s, a).
 
+    A fit that explodes (:func:`exploded`) is rolled back to its start, the optimizer with it.
+
     :param sample_next: the dynamics' draw of s' at (s, a)
-    :return: for the log, on held-out rows: loss, accuracy, mean log-ratio of real and of imagined next states
-    :raises ValueError: when the loss is not finite
+    :return: for the log, on held-out rows: loss, accuracy, mean log-ratio of real and of imagined next states, share
+        of log-ratios at the clip, and whether the fit was rolled back
+    :raises ValueError: when the loss is not finite at the start either
     """
     train, holdout = split_holdout(data, settings)
     batch_size = settings.batch_size
     observations, actions, next_observations = data.batch.observations, data.batch.actions, data.batch.next_observations
     classifier.inputs.fit(classifier.features(observations[train], actions[train], next_observations[train]))
+    judge = _held_out(classifier, data, holdout, sample_next)
+    first = judge().loss
+    start = deepcopy(classifier.state_dict()), deepcopy(optimizer.state_dict())
 
     # All imagined next states are drawn in one go.
     index = train[th.randint(len(train), (settings.classifier_steps * batch_size,), device=train.device)]
@@ -270,20 +312,52 @@ def fit_classifier(
         optimizer.step()
     classifier.eval()
 
-    with th.no_grad():
-        states, acts, real = observations[holdout], actions[holdout], next_observations[holdout]
-        logits_real, logits_fake = classifier(states, acts, real), classifier(states, acts, sample_next(states, acts))
-        logits = th.cat([logits_real, logits_fake])
-        held_labels = th.cat([th.ones_like(logits_real), th.zeros_like(logits_fake)])
-        held_loss = classifier.loss(logits, labels_real_is_one=held_labels).item()
-        correct = ((logits > 0) == held_labels.bool()).float().mean().item()
-        limit = classifier.max_log_ratio
-        log_ratios = [x.clamp(-limit, limit).mean().item() for x in (logits_real, logits_fake)]
-    if not abs(held_loss) < float("inf"):
+    verdict = judge()
+    rolled_back = bool(exploded(first, verdict.loss)) or not _is_finite(optimizer)
+    if rolled_back:
+        classifier.load_state_dict(start[0])
+        optimizer.load_state_dict(start[1])
+        verdict = judge()
+    if not verdict.loss.isfinite():
         raise ValueError("the classifier's loss is not finite: lower classifier_kwargs['learning_rate']")
+    limit = classifier.max_log_ratio
+    logits = th.cat([verdict.real, verdict.imagined])
+    correct = th.cat([verdict.real > 0, verdict.imagined <= 0])
     return {
-        "classifier/loss": held_loss,
-        "classifier/accuracy": correct,
-        "classifier/log_ratio_real": log_ratios[0],
-        "classifier/log_ratio_imagined": log_ratios[1],
+        "classifier/loss": verdict.loss.item(),
+        "classifier/accuracy": correct.float().mean().item(),
+        "classifier/log_ratio_real": verdict.real.clamp(-limit, limit).mean().item(),
+        "classifier/log_ratio_imagined": verdict.imagined.clamp(-limit, limit).mean().item(),
+        "classifier/saturation": (logits.abs() >= limit).float().mean().item(),
+        "classifier/rolled_back": int(rolled_back),
     }
+
+
+def _is_finite(optimizer: th.optim.Optimizer) -> bool:
+    """Whether all that the optimizer keeps is."""
+    kept = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, th.Tensor))
+    return all(bool(x.isfinite().all()) for x in kept)
+
+
+class Verdict(NamedTuple):
+    """The classifier's logits of real and of imagined next states of held-out rows, (n, 1), and its loss, a scalar."""
+
+    real: th.Tensor
+    imagined: th.Tensor
+    loss: th.Tensor
+
+
+def _held_out(
+    classifier: Classifier, data: RealTransitions, holdout: th.Tensor, sample_next: SampleNext
+) -> Callable[[], Verdict]:
+    """What asks the classifier about held-out rows, each time beside the same imagined next states."""
+    observations, actions, real = (column[holdout] for column in data.batch[:3])
+    imagined = sample_next(observations, actions)
+
+    @th.no_grad()
+    def judge() -> Verdict:
+        logits = classifier(observations, actions, real), classifier(observations, actions, imagined)
+        labels = th.cat([th.ones_like(logits[0]), th.zeros_like(logits[1])])
+        return Verdict(*logits, classifier.loss(th.cat(logits), labels_real_is_one=labels))
+
+    return judge

@@ -164,6 +164,8 @@ def test_few_rows(n):
 def test_loss_that_is_not_finite_is_told():
     data = rows_of(th.randn(50, 2), th.randn(50, 1), th.randn(50, 2))
     classifier = Classifier(2, 1, net_arch=(4,))
-    optimizer = th.optim.Adam(classifier.parameters(), lr=math.inf)
+    with th.no_grad():
+        classifier.net[0].bias.fill_(math.nan)
+    optimizer = th.optim.Adam(classifier.parameters())
     with pytest.raises(ValueError, match="the classifier's loss is not finite: lower classifier_kwargs"):
         fit_classifier(classifier, optimizer, data, lambda s, a: s, FitSettings(classifier_steps=3))
