@@ -99,6 +99,11 @@ class ImaginedBuffer:
     def __len__(self) -> int:
         return 0 if self._rows is None else len(self._rows.rewards)
 
+    @property
+    def rows(self) -> ImaginedRows | None:
+        """All of them; ``None`` before the first."""
+        return self._rows
+
     def replace(self, rows: ImaginedRows) -> None:
         """Take these rows in place of those before."""
         self._rows = rows

@@ -1,5 +1,6 @@
-"""The learned world's own random streams."""
+"""The learned world's own random streams, and where the global ones stand."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -85,3 +86,29 @@ def _peek_seed() -> int:
     twin = th.Generator()
     twin.set_state(th.get_rng_state())
     return int(th.randint(2**31, (), generator=twin))
+
+
+def global_states(device: th.device) -> dict[str, Any]:
+    """
+    Where Python's, NumPy's, torch's and the device's global generators stand: tensors and plain numbers, which
+    ``torch.load(weights_only=True)`` reads.
+    """
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, words, python_gauss = random.getstate()
+    states: dict[str, Any] = {
+        "python": [kind, list(words), python_gauss],
+        "numpy_keys": th.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_rest": [int(position), int(has_gauss), float(gauss)],
+        "torch": th.get_rng_state(),
+    }
+    return {**states, "device": th.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_global_states(states: dict[str, Any], device: th.device) -> None:
+    """Let the global generators continue where ``states`` were taken; those of another device keep their place."""
+    kind, words, python_gauss = states["python"]
+    random.setstate((kind, tuple(words), python_gauss))
+    np.random.set_state(("MT19937", states["numpy_keys"].numpy().astype(np.uint32), *states["numpy_rest"]))
+    th.set_rng_state(states["torch"].cpu())
+    if device.type == "cuda" and "device" in states:
+        th.cuda.set_rng_state(states["device"].cpu(), device)

@@ -3,10 +3,12 @@ The zip: SAC's members, and the learned world beside them.
 
 ``SAC.load`` reads every ``*.pth`` member as a part of SAC and stops at one that it does not know, and it unpickles all
 of ``data``. So the world's members are named ``world/*.pt``, and a user's objective and functions, which may need this
-package or the user's, are pickled as ``world/*.pkl``.
+package or the user's, are pickled as ``world/*.pkl``. Nothing is unpickled before the whole zip is known to be what was
+written (:mod:`sb3_mismatch.files`).
 """
 
 import io
+import json
 import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,11 +17,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import cloudpickle
 import torch as th
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import get_device
 
+from sb3_mismatch import sharing
+from sb3_mismatch.checkpoints import Checkpointed
+from sb3_mismatch.files import check_zip, sealed, written
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.world import World
 
@@ -33,7 +37,7 @@ PICKLED = ("objective", "termination_fn", "reward_fn")
 _STATE = "world/state.pt"
 
 
-class SavedWithWorld(OffPolicyAlgorithm):
+class SavedWithWorld(Checkpointed):
     """Saves and loads ``world`` with the base algorithm, whose own class can open the zip too."""
 
     world: World
@@ -43,6 +47,8 @@ class SavedWithWorld(OffPolicyAlgorithm):
     def save(self, path: Path, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """
         SB3's ``save``. The base algorithm's ``load`` opens the zip too and ignores the world in it.
+
+        Whoever is killed meanwhile leaves the file before whole (:mod:`sb3_mismatch.files`).
 
         :param exclude: as in SB3; ``["world"]`` leaves the world out
         """
@@ -56,9 +62,35 @@ class SavedWithWorld(OffPolicyAlgorithm):
             members[_STATE] = buffer.getvalue()
         archive = io.BytesIO()
         super().save(archive, [*exclude, *pickled], include)
-        contents = _set_world_apart(archive, members)
-        with _opened(path, "w") as file:
+        contents = sealed(_set_world_apart(archive, members))
+        with written(path, "zip") as file:
             file.write(contents)
+
+    def save_replay_buffer(self, path: Path) -> None:
+        """SB3's ``save_replay_buffer``. Whoever is killed meanwhile leaves the file before whole."""
+        with written(path, "pkl", self.verbose) as file:
+            super().save_replay_buffer(file)
+
+    def save_world(self, path: str | pathlib.Path) -> None:
+        """
+        Save the learned world alone, to be read by :meth:`load_world` or :func:`~sb3_mismatch.sharing.load_world`
+        without unpickling anything. A user's functions are not in it.
+
+        :param path: of the file; ``.safetensors`` is added to one without suffix
+        :raises ValueError: for settings that are no plain numbers, strings and lists
+        """
+        sharing.save_world(self.world, path)
+
+    def load_world(self, path: str | pathlib.Path) -> None:
+        """
+        Take the networks of a learned world that :meth:`save_world` saved, in place of this agent's. Its optimizers
+        start anew, and what was imagined is imagined again. Nothing is unpickled.
+
+        :param path: of the file
+        :raises ValueError: for a damaged or foreign file, other spaces or other networks; the world stays as it is
+        """
+        sharing.take_world(self.world, path)
+        self._fitted_at = self.num_timesteps
 
     @classmethod
     def load(
@@ -74,20 +106,30 @@ class SavedWithWorld(OffPolicyAlgorithm):
         """
         SB3's ``load``. From a zip without a world, SAC's for instance, the world starts untrained.
 
-        :raises ValueError: when a setting in ``kwargs`` asks for other networks than those in the zip
+        :raises ValueError: for a damaged, foreign or newer zip, before anything in it is unpickled, and when a setting
+            in ``kwargs`` asks for other networks than those in the zip
         """
-        with _opened(path, "r") as file:
-            saved = _read_world(file, get_device(device))
+        archive = _checked(path)
+        saved = _read_world(archive, get_device(device))
         replaced = {name: value for name, value in (custom_objects or {}).items() if name in PICKLED}
         settings = saved.settings(skip={*replaced, *kwargs})
         try:
             model = super().load(
-                path, env, device, custom_objects, print_system_info, force_reset, **{**settings, **replaced, **kwargs}
+                archive,
+                env,
+                device,
+                custom_objects,
+                print_system_info,
+                force_reset,
+                **{**settings, **replaced, **kwargs},
             )
             model.set_parameters({**model.get_parameters(), **saved.parameters})  # type: ignore[dict-item]
         except (AttributeError, KeyError, RuntimeError) as error:
             if not kwargs:
-                raise
+                raise ValueError(
+                    f"what {path} holds does not fit {cls.__name__} ({str(error).splitlines()[0]}): load it with the "
+                    "class that saved it"
+                ) from error
             changed = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
             raise ValueError(
                 f"{cls.__name__}.load got {changed}, of which something does not fit the networks in the zip: leave it "
@@ -108,9 +150,9 @@ class SavedWithWorld(OffPolicyAlgorithm):
         if isinstance(load_path_or_dict, dict):
             parameters: dict[str, Any] = load_path_or_dict
         else:
-            with _opened(load_path_or_dict, "r") as file:
-                world = _read_world(file, get_device(device)).parameters
-            parameters = {**world, **load_from_zip_file(load_path_or_dict, load_data=False, device=device)[1]}
+            archive = _checked(load_path_or_dict)
+            world = _read_world(archive, get_device(device)).parameters
+            parameters = {**world, **load_from_zip_file(archive, load_data=False, device=device)[1]}
         if not any(name.startswith("world.") for name in parameters):
             world = {name: value for name, value in self.get_parameters().items() if name.startswith("world.")}
             parameters = {**world, **parameters}
@@ -165,10 +207,40 @@ def _set_world_apart(archive: io.BytesIO, members: Mapping[str, bytes]) -> bytes
     return out.getvalue()
 
 
-def _read_world(file: Any, device: th.device) -> _SavedWorld:
-    """What a zip holds beside the base algorithm; nothing where it is none, which SB3 then tells."""
-    if not zipfile.is_zipfile(file):
-        return _SavedWorld({}, None, {})
+def _checked(path: Any) -> io.BytesIO:
+    """
+    The whole of a zip, which nothing was unpickled of yet.
+
+    :raises ValueError: when it is damaged, a newer version's, or no agent of SAC's kind
+    """
+    with _opened(path) as file:
+        if file.seekable():
+            file.seek(0)
+        contents = file.read()
+    if not check_zip(contents, path):
+        _check_kind(contents, path)
+    return io.BytesIO(contents)
+
+
+def _check_kind(contents: bytes, path: Any) -> None:
+    """:raises ValueError: for a zip that no algorithm of SAC's kind has saved"""
+    with zipfile.ZipFile(io.BytesIO(contents)) as archive:
+        members = set(archive.namelist())
+        data = archive.read("data") if "data" in members else b"{}"
+    try:
+        settings = json.loads(data)
+    except ValueError:
+        settings = {}
+    missing = {"data", "policy.pth", "actor.optimizer.pth", "critic.optimizer.pth"} - members
+    if missing or "ent_coef" not in settings:
+        lacks = ", ".join(sorted(missing)) or "ent_coef"
+        raise ValueError(
+            f"{path} holds no agent of SAC's kind (it lacks {lacks}): load it with the class that saved it"
+        )
+
+
+def _read_world(file: io.BytesIO, device: th.device) -> _SavedWorld:
+    """What a zip holds beside the base algorithm."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist() if name.startswith("world/")}
     pickles = {pathlib.PurePath(name).stem: members.pop(name) for name in list(members) if name.endswith(".pkl")}
@@ -182,9 +254,9 @@ def _read_world(file: Any, device: th.device) -> _SavedWorld:
 
 
 @contextmanager
-def _opened(path: Any, mode: str) -> Iterator[Any]:
-    """A path opened as SB3 opens it, and closed where SB3 closes it: a file object stays open."""
-    file = open_path(path, mode, verbose=0, suffix="zip")
+def _opened(path: Any) -> Iterator[Any]:
+    """A path opened for reading as SB3 opens it, and closed where SB3 closes it: a file object stays open."""
+    file = open_path(path, "r", verbose=0, suffix="zip")
     try:
         yield file
     finally:
