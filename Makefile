@@ -30,6 +30,7 @@ lint: $(VENV)/.tests
 
 docs: $(VENV)/.docs
 	@$(BIN)/python -m sphinx --quiet -W --keep-going -b html docs docs/_build/html
+	@$(BIN)/python docs/check_links.py docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 # One stamp for each set of packages: an install is repeated only when its pins or the project's metadata change.
