@@ -188,6 +188,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
                 self._fit_classifier(data)
                 self._imagine(data)
                 self._estimate_bound(payment)
+                self._watch_critics(data, payment)
                 self._fitted_at = self.num_timesteps
                 self._n_fits += 1
                 if self.figures_every and self._n_fits % self.figures_every == 0:
