@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sb3_mismatch.benchmarks.cells import Cell, launch, parse_setting, prepare
+from sb3_mismatch.benchmarks.cells import Cell, parse_setting, prepare
+from sb3_mismatch.benchmarks.launchers import LAUNCHERS, Resources
 from sb3_mismatch.benchmarks.tables import ALGORITHMS, SUITES
 
 
@@ -30,11 +31,17 @@ def make_parser() -> argparse.ArgumentParser:
     learn.add_argument("--seeds", nargs="+", type=int, default=[0])
     learn.add_argument("--set", nargs="+", default=[], metavar="NAME=LITERAL", help="constructor arguments")
     learn.add_argument("--label", help="name of the algorithm with these arguments, in files and tables")
-    learn.add_argument("--jobs", type=positive, default=1, help="runs at a time, each in a process of its own")
+    learn.add_argument("--launcher", choices=LAUNCHERS, default="processes", help="processes here, or a Ray cluster")
+    learn.add_argument(
+        "--jobs", type=positive, help="runs at a time; default: 1, or as many as the cluster has room for"
+    )
     learn.add_argument("--threads", type=positive, default=1, help="torch threads of each run")
+    learn.add_argument("--gpus", type=float, default=0.0, help="GPUs of each run on a cluster, or a share of one")
+    learn.add_argument("--checkpoint-every", type=positive, help="steps; default: 2,000, or a twentieth of the budget")
     learn.add_argument("--out", type=Path, required=True)
     report = commands.add_parser("report", help="write report.md and curves.png into a folder of finished runs")
     report.add_argument("--out", type=Path, required=True)
+    report.add_argument("--baseline", default="sac", help="label whose final return is to be reached; default: sac")
     memory = commands.add_parser("memory", help="measure the resident memory of a long run of MnM on Pendulum-v1")
     memory.add_argument("--steps", type=positive, default=30_000)
     memory.add_argument("--every", type=positive, default=1_000, help="steps between two measurements")
@@ -77,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "report":
             from sb3_mismatch.benchmarks.report import write_report
 
-            print(*write_report(args.out), sep="\n")
+            print(*write_report(args.out, args.baseline), sep="\n")
             return 0
         if args.command == "memory":
             from sb3_mismatch.benchmarks import memory
@@ -88,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     print(f"{len(cells)} runs, {len(cells) - len(unfinished)} of them finished before", flush=True)
-    failed = launch(unfinished, args.out, args.jobs, args.threads)
+    resources = Resources(args.jobs, args.threads, args.checkpoint_every, args.gpus)
+    failed = LAUNCHERS[args.launcher](unfinished, args.out, resources)
     for cell in failed:
         print(f"failed: {cell}", file=sys.stderr)
     return 1 if failed else 0

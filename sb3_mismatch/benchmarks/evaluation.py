@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,12 +21,47 @@ class Evaluation(NamedTuple):
     :param seconds: seconds of training so far, evaluations excluded
     :param mean: mean of the episodes' undiscounted returns
     :param std: their standard deviation
+    :param kept: what is :func:`kept` of the best mean so far: 1 at the best, near 0 in a collapse
     """
 
     steps: int
     seconds: float
     mean: float
     std: float
+    kept: float
+
+
+def kept(current: float, best: float) -> float:
+    """current / best where best > 0, best / current where both are below 0, 0 where the sign was lost: in [0, 1]."""
+    if current >= best:
+        return 1.0
+    return max(current / best, 0.0) if best > 0 else abs(best / current)
+
+
+class Stopwatch:
+    """
+    Seconds of training, those of evaluations and checkpoints excluded.
+
+    :param seconds: where it starts
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._started = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    @contextmanager
+    def paused(self, device: th.device) -> Iterator[float]:
+        """Stands still while it lasts; yields where."""
+        if device.type == "cuda":
+            th.cuda.synchronize(device)  # Updates still under way belong to the training's seconds.
+        seconds = self.seconds
+        try:
+            yield seconds
+        finally:
+            self._started = time.perf_counter() - seconds
 
 
 @contextmanager
@@ -52,6 +87,8 @@ class EvaluationCallback(BaseCallback):
     :param n_episodes: episodes per evaluation, at least 1
     :param seed: seed of the evaluation environments: ``seed``, ``seed + 1``, ... for the episodes
     :param record: called with each evaluation as soon as it is made
+    :param stopwatch: the training's; ``None``: one that starts with ``learn``
+    :param rows: evaluations of the same run before, where it was interrupted
     """
 
     def __init__(
@@ -62,19 +99,22 @@ class EvaluationCallback(BaseCallback):
         n_episodes: int = 10,
         seed: int = 10_000,
         record: Callable[[Evaluation], None] | None = None,
+        stopwatch: Stopwatch | None = None,
+        rows: Sequence[Evaluation] = (),
     ) -> None:
         super().__init__()
         for name, value in (("every", every), ("n_episodes", n_episodes)):
             if value < 1:
                 raise ValueError(f"{name}={value} cannot be: give 1 or more, or leave the callback out of learn()")
         self.env, self.every, self.n_episodes, self.seed, self.record = env, every, n_episodes, seed, record
-        self.rows: list[Evaluation] = []
+        self.rows = list(rows)
+        self.stopwatch = stopwatch
 
     def _on_training_start(self) -> None:
         with global_randomness_kept(self.model.device):
             self._eval_env = make_vec_env(self.env, n_envs=self.n_episodes)
         self._plan_next()
-        self._started = time.perf_counter()
+        self._clock = self.stopwatch or Stopwatch()
 
     def _on_step(self) -> bool:
         # The evaluation at the end of the budget waits for the updates that follow the last step.
@@ -91,16 +131,13 @@ class EvaluationCallback(BaseCallback):
         self._next = (self.num_timesteps // self.every + 1) * self.every
 
     def _evaluate(self) -> None:
-        if self.model.device.type == "cuda":
-            th.cuda.synchronize()  # Updates still under way belong to the training's seconds.
-        paused = time.perf_counter()
-        with global_randomness_kept(self.model.device):
+        device = self.model.device
+        with self._clock.paused(device) as seconds, global_randomness_kept(device):
             self._eval_env.seed(self.seed)
             returns, _ = evaluate_policy(self.model, self._eval_env, self.n_episodes, return_episode_rewards=True)
-        row = Evaluation(
-            self.num_timesteps, round(paused - self._started, 3), float(np.mean(returns)), float(np.std(returns))
-        )
+        mean = float(np.mean(returns))
+        best = max([mean, *(row.mean for row in self.rows)])
+        row = Evaluation(self.num_timesteps, round(seconds, 3), mean, float(np.std(returns)), kept(mean, best))
         self.rows.append(row)
         if self.record is not None:
             self.record(row)
-        self._started += time.perf_counter() - paused
