@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch as th
+from agents import BoxEnv, soon, trained
 
 import sb3_mismatch
 from sb3_mismatch.fast_sac import FastSAC
@@ -165,6 +166,14 @@ def test_every_setting_is_documented():
     for name, parameter in inspect.signature(ModelBased.__init__).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and name != "_init_setup_model":
             assert f":param {name}:" in documented, name
+
+
+def test_every_logged_value_is_documented(monkeypatch):
+    soon(monkeypatch)
+    logged = trained(BoxEnv(), objective="mnm", reward_shift="auto")._world_log
+    page = (ROOT / "docs" / "mnm.md").read_text(encoding="utf-8")
+    assert {key.partition("/")[0] for key in logged} >= {"dynamics", "classifier", "imagination", "objective"}
+    assert [key for key in logged if f"`{key}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,9 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nbformat
 import pytest
-
-nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -18,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 LONGEST = 900
 
 
-def run(notebook: Path, folder: Path) -> "nbformat.NotebookNode":
+def run(notebook: Path, folder: Path) -> nbformat.NotebookNode:
     """The notebook with the outputs of a run in ``folder``; an error in a cell is raised."""
     from nbclient import NotebookClient
 
@@ -33,7 +32,7 @@ def run(notebook: Path, folder: Path) -> "nbformat.NotebookNode":
     return contents
 
 
-def printed(contents: "nbformat.NotebookNode") -> str:
+def printed(contents: nbformat.NotebookNode) -> str:
     """What the cells printed."""
     return "".join(o.text for c in contents.cells for o in c.get("outputs", []) if o.output_type == "stream")
 
