@@ -7,6 +7,7 @@ import torch as th
 from numpy.typing import NDArray
 from scipy.special import ndtr
 from scipy.stats import t as student
+from stable_baselines3.common.buffers import ReplayBuffer
 
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.imagination import Imagined
@@ -62,6 +63,11 @@ def mean_and_interval(values: Array, level: float = 0.95) -> tuple[Array, Array]
     return values.mean(axis=0), student.ppf(0.5 + level / 2, n - 1) * values.std(axis=0, ddof=1) / np.sqrt(n)
 
 
+def _buffer(model: "ModelBased") -> ReplayBuffer:
+    assert model.replay_buffer is not None
+    return model.replay_buffer
+
+
 def follow(model: "ModelBased", real: Stretches) -> Imagined:
     """What the model imagines from the same starts under the same actions."""
     scaled = real.actions.cpu().numpy().reshape(*real.actions.shape[:2], *model.action_space.shape)  # type: ignore[misc]
@@ -89,7 +95,7 @@ class Fan(NamedTuple):
 
 def fan_of(model: "ModelBased", data: RealTransitions, horizon: int, start: int = -1) -> Fan:
     """:raises IndexError: when there is no such stretch"""
-    real = stretches(model, data, horizon)
+    real = stretches(_buffer(model), data, horizon)
     n = real.observations.shape[1]
     if not -n <= start < n:
         raise IndexError(f"start={start}: there are {n} real stretches of {len(real.actions)} steps, from 0 to {n - 1}")
@@ -112,14 +118,12 @@ class LogRatios(NamedTuple):
     :param imagined: (n,) of next states drawn from the dynamics at the same states and actions
     :param along_real: (steps, 5) quantiles along real stretches
     :param along_imagined: (steps, 5) along what is imagined from their starts under their actions
-    :param limit: where it is clipped
     """
 
     real: Array
     imagined: Array
     along_real: Array
     along_imagined: Array
-    limit: float
 
 
 @th.no_grad()
@@ -148,7 +152,7 @@ def held_out_log_ratios(model: "ModelBased", data: RealTransitions) -> tuple[Arr
 def log_ratios_of(model: "ModelBased", data: RealTransitions, horizon: int, starts: int) -> LogRatios:
     """:raises ValueError: under an objective without a classifier"""
     of_real, of_drawn = held_out_log_ratios(model, data)
-    real = stretches(model, data, horizon, starts)
+    real = stretches(_buffer(model), data, horizon, starts)
     imagined = follow(model, real)
     along = model.world.classifier.log_ratio(real.observations[:-1], real.actions, real.observations[1:])
     return LogRatios(
@@ -156,7 +160,6 @@ def log_ratios_of(model: "ModelBased", data: RealTransitions, horizon: int, star
         of_drawn,
         bands(along.double().cpu().numpy()[..., 0], np.ones_like(imagined.alive)),
         bands(imagined.log_ratio.astype(np.float64), imagined.alive),
-        model.world.classifier.max_log_ratio,
     )
 
 
@@ -207,7 +210,7 @@ class HorizonErrors(NamedTuple):
 
 def horizon_errors_of(model: "ModelBased", data: RealTransitions, horizon: int, starts: int) -> HorizonErrors:
     """Errors of what is imagined from the starts of real stretches under their actions."""
-    stretch = stretches(model, data, horizon, starts)
+    stretch = stretches(_buffer(model), data, horizon, starts)
     imagined = follow(model, stretch)
     real = stretch.observations.double().cpu().numpy()
     scale = model.world.dynamics.next_observations.std.double().cpu().numpy()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mismatch.buffers import RealTransitions
@@ -52,14 +53,15 @@ class Stretches(NamedTuple):
     actions: th.Tensor
 
 
-def stretches(model: "ModelBased", data: RealTransitions, steps: int, most: int | None = None) -> Stretches:
+def stretches(buffer: ReplayBuffer, data: RealTransitions, steps: int, most: int | None = None) -> Stretches:
     """
     Stretches of ``steps`` real steps, spread evenly over the replay buffer in the order they were played.
 
+    :param data: of the buffer
     :param steps: or as many as the longest stretch has
     :param most: how many of them at most; ``None``: all, overlapping
     """
-    order, left = _runs(model, data)
+    order, left = _runs(buffer, data)
     steps = min(steps, int(left.max()))
     first = np.flatnonzero(left >= steps)
     if most is not None and len(first) > most:
@@ -69,13 +71,11 @@ def stretches(model: "ModelBased", data: RealTransitions, steps: int, most: int 
     return Stretches(th.cat([data.batch.observations[index], last]), data.batch.actions[index])
 
 
-def _runs(model: "ModelBased", data: RealTransitions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _runs(buffer: ReplayBuffer, data: RealTransitions) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """
     The rows of ``data`` environment by environment and from the oldest to the newest, and how many follow each other
     from each on, itself among them.
     """
-    buffer = model.replay_buffer
-    assert buffer is not None
     row, env = np.divmod(data.position.cpu().numpy(), buffer.n_envs)
     age = (row - buffer.pos) % buffer.buffer_size if buffer.full else row
     order = np.lexsort((age, env))

@@ -19,7 +19,7 @@ from sb3_mismatch.plots.numbers import (
     log_ratios_of,
 )
 from sb3_mismatch.plots.real import real_data
-from sb3_mismatch.plots.style import BASELINE, IMAGINED, MARK, REAL, finish, new_figure
+from sb3_mismatch.plots.style import BASELINE, IMAGINED, MARK, REAL, finish, new_figure, panels
 from sb3_mismatch.settings import check_count
 
 if TYPE_CHECKING:
@@ -100,28 +100,21 @@ def horizon_error(model: "ModelBased", horizon: int = 50, starts: int = 200) -> 
 def draw_fan(fan: Fan, first: int = 0) -> Figure:
     """Up to 12 dimensions from ``first`` on, at most four beside each other."""
     shown = list(range(first, min(first + MOST_PANELS, len(fan.names))))
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = new_figure(0.7 + 1.6 * rows, width=2.0 * columns + 0.5 * (columns < 3))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    figure, grid = panels(len(shown))
     steps = np.arange(len(fan.real))
-    for axes, d in zip(grid.flat, shown, strict=False):
+    ends = fan.alive < len(steps) - 1
+    for axes, d in zip(grid, shown, strict=True):
         axes.plot(steps, fan.members[:, :, d].T, color=IMAGINED, linewidth=0.8, alpha=0.45)
         axes.plot(steps, fan.imagined[:, d], color=BASELINE, linewidth=1.2, linestyle="--")
         axes.plot(steps, fan.real[:, d], color=REAL, linewidth=1.6)
-        if fan.alive < len(steps) - 1:
+        if ends:
             axes.axvline(fan.alive, color=MARK, linestyle=":")
-        axes.set_title(fan.names[d], fontsize="small")
-        axes.tick_params(labelsize="small")
-        axes.grid(alpha=0.25)
-    for axes in grid.flat[len(shown) :]:
-        axes.set_visible(False)
-    labels = ["each member's mean", "imagined, drawn", "real", "imagined episode ends"]
-    handles = [*grid.flat[0].lines[-3 - (fan.alive < len(steps) - 1) :]]
-    figure.legend(handles, labels[: len(handles)], loc="outside upper center", ncols=4, fontsize="small", frameon=False)
-    figure.supxlabel("step", fontsize="medium")
-    of_all = "" if len(shown) == len(fan.names) else f" ({len(shown)} of {len(fan.names)} dimensions)"
-    figure.supylabel(f"state, in the environment's units{of_all}", fontsize="medium")
+        axes.set_title(fan.names[d], fontsize="small", pad=3)
+    labels = ["each member's mean", "imagined, drawn", "real", "imagined episode ends"][: 3 + ends]
+    figure.legend(grid[0].lines[-len(labels) :], labels, loc="upper center", ncols=4, fontsize="small", frameon=False)
+    of_all = "" if len(shown) == len(fan.names) else f" ({len(shown)} of {len(fan.names)} dimensions are shown)"
+    figure.supxlabel(f"step{of_all}", fontsize="medium", y=0.01)
+    figure.supylabel("state, environment's units", fontsize="medium", x=0.005)
     return figure
 
 
@@ -129,12 +122,16 @@ def draw_log_ratios(ratios: LogRatios) -> Figure:
     """The histogram on the left, bands along trajectories on the right."""
     figure = new_figure(3.4)
     left, right = figure.subplots(1, 2)
-    bins = np.linspace(-ratios.limit, ratios.limit, 61)
+    lowest, highest = np.quantile([ratios.real, ratios.imagined], [0.002, 0.998])
+    bins = np.linspace(lowest - 0.1, highest + 0.1, 41)
     for values, color, label in ((ratios.real, REAL, "real"), (ratios.imagined, IMAGINED, "imagined")):
         share = np.full(len(values), 1 / len(values))
-        left.hist(values, bins=bins.tolist(), weights=share, color=color, alpha=0.45, label=f"{label} next states")
+        edges, inside = bins.tolist(), values.clip(bins[0], bins[-1])
+        left.hist(inside, bins=edges, weights=share, color=color, alpha=0.25)
+        left.hist(inside, bins=edges, weights=share, color=color, histtype="step", linewidth=1.5, label=label)
         left.axvline(values.mean(), color=color, linestyle="--", linewidth=1.2)
-    finish(left, "log p/q of the classifier, nats", "share of held-out transitions", "dashed: means")
+    title = f"next states of {len(ratios.real):,} held-out transitions; dashed: means"
+    finish(left, "log p/q of the classifier, nats", "share", title)
     left.legend(fontsize="small")
     steps = np.arange(1, len(ratios.along_real) + 1)
     draw_band(right, steps, ratios.along_real, REAL, "real")
@@ -173,7 +170,7 @@ def draw_horizon_errors(numbers: HorizonErrors) -> Figure:
     upper.set_ylim(bottom=0)
     upper.legend(loc="upper left", fontsize="small")
     lower.plot(steps, numbers.alive, color=IMAGINED)
-    finish(lower, "step", "share alive\nin imagination")
+    finish(lower, "step", "share\nalive")
     lower.set_ylim(-0.05, 1.05)
     return figure
 
