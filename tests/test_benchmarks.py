@@ -257,6 +257,7 @@ def ray_node(dies_once: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         "RAY_AUTH_MODE": "disabled",  # It would write a token into the home folder.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Its future default, about which it warns.
         "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join([str(Path(mortal.__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }.items():
         monkeypatch.setenv(name, value)
     for _ in range(2):
