@@ -456,13 +456,3 @@ def test_every_algorithm_takes_a_cell() -> None:
         assert issubclass(cls, OffPolicyAlgorithm)
         inspect.signature(cls).bind("MlpPolicy", "Pendulum-v1", seed=0, **settings)
     assert ALGORITHMS["sac-utd"].load()[1]["gradient_steps"] == MnM("MlpPolicy", "Pendulum-v1").gradient_steps
-
-
-def test_quickstart_runs(tmp_path: Path) -> None:
-    quickstart = Path(__file__).parents[1] / "examples" / "quickstart.py"
-    command = [sys.executable, str(quickstart), "--steps", "258"]  # the world learns from step 256 on
-    output = subprocess.run(command, check=True, cwd=tmp_path, stdout=subprocess.PIPE, encoding="utf-8").stdout
-    assert "mean return over 10 episodes: " in output
-    for name in ("mnm.zip", "learning_curve.png"):
-        assert (tmp_path / "quickstart" / name).stat().st_size > 0
-        assert str(tmp_path / "quickstart" / name) in output
