@@ -80,6 +80,7 @@ class Imagining(OffPolicyAlgorithm):
         max_episode_steps: int | None = None,
         starts: str | Observations = "episodes",
         kind: str = "sb3",
+        max_disagreement: float | None = None,
         seed: int | None = None,
     ) -> Any:
         """
@@ -91,6 +92,8 @@ class Imagining(OffPolicyAlgorithm):
             state in it; or observations in the environment's own form
         :param kind: "sb3", a ``VecEnv`` of Stable-Baselines3; "gymnasium", a ``gymnasium.vector.VectorEnv``; "single",
             a ``gymnasium.Env``
+        :param max_disagreement: an episode ends with a step about which the members disagree by more, in standardised
+            units, so that who learns here keeps to what the world knows; ``None``: never
         :param seed: of the imagined episodes; ``None`` derives one from torch's global generator
         :raises ValueError: when no world has been fitted, there is no start, or an argument is unknown
         """
@@ -105,6 +108,7 @@ class Imagining(OffPolicyAlgorithm):
             th.as_tensor(self._starts(starts), device=self.device),
             n_envs,
             self._time_limit() if max_episode_steps is None else max_episode_steps,
+            max_disagreement,
             seed,
             judges=self._row.uses_classifier,
         )

@@ -57,7 +57,8 @@ def take_buffer(model: ModelBased, path: pathlib.Path) -> None:
     :raises ValueError: when it is none, or of other spaces
     """
     try:
-        model.load_replay_buffer(path)
+        with path.open("rb") as file:
+            model.load_replay_buffer(file)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a replay buffer ({_first_line(error)})") from error
     buffer = model.replay_buffer

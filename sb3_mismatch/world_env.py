@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from sb3_mismatch.observations import Observations
 from sb3_mismatch.randomness import RandomStreams
-from sb3_mismatch.settings import check_count
+from sb3_mismatch.settings import check_count, check_number
 from sb3_mismatch.world import World
 
 
@@ -56,6 +56,9 @@ class ImaginedEpisodes:
     :param starts: (m, obs_dim) raw flat states, from which each episode draws its first
     :param n_envs: episodes side by side
     :param max_episode_steps: time limit
+    :param max_disagreement: an episode ends, as a true end, with a step about which the members disagree by more, in
+        standardised units: who learns here is kept to what the world knows (Kidambi et al., "MOReL", 2020); ``None``:
+        never
     :param seed: of the draws; ``None`` derives one from torch's global generator without advancing it
     :param judges: whether the classifier has been fitted; without it ``log_ratio`` is zero
     :raises ValueError: when there is no start, or a count is below 1
@@ -69,15 +72,18 @@ class ImaginedEpisodes:
         starts: th.Tensor,
         n_envs: int = 1,
         max_episode_steps: int = 1000,
+        max_disagreement: float | None = None,
         seed: int | None = None,
         judges: bool = True,
     ) -> None:
         check_count("n_envs", n_envs)
         check_count("max_episode_steps", max_episode_steps)
+        if max_disagreement is not None:
+            check_number("max_disagreement", max_disagreement, 0, np.inf)
         if len(starts) == 0:
             raise ValueError("starts holds no state to start from: pass at least one")
         self.observation_space, self.action_space = observation_space, action_space
-        self.n_envs, self.max_episode_steps = n_envs, max_episode_steps
+        self.n_envs, self.max_episode_steps, self.max_disagreement = n_envs, max_episode_steps, max_disagreement
         # In one go: the outcomes ask the same dynamics.
         self._dynamics, self._outcomes, self._classifier = deepcopy((world.dynamics, world.outcomes, world.classifier))
         self._judges = judges
@@ -130,6 +136,8 @@ class ImaginedEpisodes:
             ends = self._outcomes.ends(states, scaled, next_states)
         log_ratio = self._classifier.log_ratio(states, scaled, next_states) if self._judges else 0 * rewards
         disagreement = self._dynamics.disagreement(states, scaled)
+        if self.max_disagreement is not None:
+            ends = ends | (disagreement > self.max_disagreement)
         self._states = next_states
         self._steps += 1
         # All in one block, so that the device is waited for once.
