@@ -16,7 +16,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -123,8 +123,14 @@ def sealed(archive: bytes) -> bytes:
     """A zip without a comment -> the same zip, vouched for in its comment."""
     # The last two bytes are the length of the comment, which follows them.
     body = archive[:-2]
-    comment = json.dumps({**seal(), "bytes": len(body), "sha256": digest(body)}).encode()
+    comment = _comment({**seal(), "bytes": len(body)}, body)
     return body + struct.pack("<H", len(comment)) + comment
+
+
+def _comment(about: Mapping[str, Any], body: bytes) -> bytes:
+    """What vouches for itself and for ``body``."""
+    text = json.dumps(about)
+    return json.dumps({**about, "sha256": digest(text.encode(), body)}).encode()
 
 
 def check_zip(contents: bytes, name: Any) -> bool:
@@ -149,11 +155,12 @@ def check_zip(contents: bytes, name: Any) -> bool:
         raise ValueError(f"the zip {name} is damaged ({damaged} is not what was written): pass one that is whole")
     if not comment:
         return False
-    seal = read_seal(comment, name)
-    body = contents[: -len(comment) - 2]
-    n_bytes = seal.get("bytes")
-    whole = isinstance(n_bytes, int) and contents.endswith(comment) and seal.get("sha256") == digest(body[-n_bytes:])
-    if not whole:
+    about = read_seal(comment, name)
+    about.pop("sha256", None)
+    body, end = contents[: -len(comment) - 2], contents[-len(comment) - 2 :]
+    n_bytes = about.get("bytes")
+    archive_itself = body[-n_bytes:] if isinstance(n_bytes, int) else b""
+    if end != struct.pack("<H", len(comment)) + comment or comment != _comment(about, archive_itself):
         raise ValueError(f"the zip {name} is damaged, or was changed after it was saved: pass one that is whole")
     return True
 

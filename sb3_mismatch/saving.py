@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import cloudpickle
 import torch as th
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import get_device
@@ -109,7 +110,7 @@ class SavedWithWorld(Checkpointed):
         :raises ValueError: for a damaged, foreign or newer zip, before anything in it is unpickled, and when a setting
             in ``kwargs`` asks for other networks than those in the zip
         """
-        archive = _checked(path)
+        archive = _checked(path, cls)
         saved = _read_world(archive, get_device(device))
         replaced = {name: value for name, value in (custom_objects or {}).items() if name in PICKLED}
         settings = saved.settings(skip={*replaced, *kwargs})
@@ -150,7 +151,7 @@ class SavedWithWorld(Checkpointed):
         if isinstance(load_path_or_dict, dict):
             parameters: dict[str, Any] = load_path_or_dict
         else:
-            archive = _checked(load_path_or_dict)
+            archive = _checked(load_path_or_dict, type(self))
             world = _read_world(archive, get_device(device)).parameters
             parameters = {**world, **load_from_zip_file(archive, load_data=False, device=device)[1]}
         if not any(name.startswith("world.") for name in parameters):
@@ -207,36 +208,40 @@ def _set_world_apart(archive: io.BytesIO, members: Mapping[str, bytes]) -> bytes
     return out.getvalue()
 
 
-def _checked(path: Any) -> io.BytesIO:
+def _checked(path: Any, kind: type[OffPolicyAlgorithm]) -> io.BytesIO:
     """
     The whole of a zip, which nothing was unpickled of yet.
 
-    :raises ValueError: when it is damaged, a newer version's, or no agent of SAC's kind
+    :raises ValueError: when it is damaged, a newer version's, or saved by another algorithm than ``kind`` builds on
     """
     with _opened(path) as file:
         if file.seekable():
             file.seek(0)
         contents = file.read()
-    if not check_zip(contents, path):
-        _check_kind(contents, path)
+    check_zip(contents, path)
+    with zipfile.ZipFile(io.BytesIO(contents)) as archive:
+        members = set(archive.namelist())
+        policy = _described(archive.read("data"), "policy_class") if "data" in members else {}
+    wrong = [f"no {name}" for name in ("data", "actor.optimizer.pth", "critic.optimizer.pth") if name not in members]
+    # Of a class SB3 writes the module in plain. A policy of the user's own is the user's own concern.
+    theirs, ours = str(policy.get("__module__", "")), kind.policy_aliases["MlpPolicy"].__module__
+    if theirs != ours and theirs.startswith(("stable_baselines3.", "sb3_contrib.")):
+        wrong.append(f"a policy of {theirs}")
+    if wrong:
+        raise ValueError(
+            f"{path} holds no agent that {kind.__name__} could load ({', '.join(wrong)}): load it with the class that "
+            "saved it"
+        )
     return io.BytesIO(contents)
 
 
-def _check_kind(contents: bytes, path: Any) -> None:
-    """:raises ValueError: for a zip that no algorithm of SAC's kind has saved"""
-    with zipfile.ZipFile(io.BytesIO(contents)) as archive:
-        members = set(archive.namelist())
-        data = archive.read("data") if "data" in members else b"{}"
+def _described(data: bytes, name: str) -> dict[str, Any]:
+    """What SB3's JSON tells in plain of an object that it holds pickled; nothing where it is none."""
     try:
-        settings = json.loads(data)
-    except ValueError:
-        settings = {}
-    missing = {"data", "policy.pth", "actor.optimizer.pth", "critic.optimizer.pth"} - members
-    if missing or "ent_coef" not in settings:
-        lacks = ", ".join(sorted(missing)) or "ent_coef"
-        raise ValueError(
-            f"{path} holds no agent of SAC's kind (it lacks {lacks}): load it with the class that saved it"
-        )
+        description = json.loads(data)[name]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return description if isinstance(description, dict) else {}
 
 
 def _read_world(file: io.BytesIO, device: th.device) -> _SavedWorld:
