@@ -6,7 +6,7 @@ weights counts for nothing.
 import math
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -20,10 +20,9 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.objectives import Payment
 from sb3_mismatch.observations import Observations
+from sb3_mismatch.settings import LARGEST
 from sb3_mismatch.world import World
 
-#: Beyond it sums of squares overflow in single precision.
-LARGEST = 1e15
 #: Values so many times beyond what rewards and discount allow have diverged.
 DIVERGED = 5.0
 
@@ -32,9 +31,13 @@ class Guarded(OffPolicyAlgorithm):
     """Stops at data, actions, learning rates, gradients and callbacks under which nothing sound can be learned."""
 
     world: World
-    ent_coef_optimizer: th.optim.Optimizer | None
+    ent_coef_optimizer: th.optim.Adam | None = None
     _gradients: "GradientGuard"
     _world_log: dict[str, float]
+
+    # The compiled update, which runs no hooks of optimizers, drops what the guard would.
+    largest_gradient: ClassVar[float] = LARGEST
+    n_optimizer_hooks: ClassVar[int] = 1
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -113,7 +116,9 @@ class Guarded(OffPolicyAlgorithm):
         :raises ValueError: when a gradient was of no use, so that it counted for nothing
         """
         self._gradients.dropped.zero_()
-        super().train(gradient_steps, batch_size)
+        # sb3-contrib takes means of losses for the log: of infinite ones they warn before the error below tells.
+        with np.errstate(invalid="ignore", over="ignore"):
+            super().train(gradient_steps, batch_size)
         if dropped := int(self._gradients.dropped.item()):
             raise ValueError(
                 f"{dropped} gradients of the last {gradient_steps} gradient steps were not finite or beyond "
@@ -131,12 +136,17 @@ class Guarded(OffPolicyAlgorithm):
             )
         super()._update_learning_rate(optimizers)
 
+    def _count_dropped(self, dropped: th.Tensor) -> None:
+        self._gradients.dropped += dropped
+
     @th.no_grad()
     def _watch_critics(self, data: RealTransitions, payment: Payment) -> None:
         """Log the largest value at real states over what rewards and discount allow; say so when it has diverged."""
         few = data.batch.observations[:: max(len(data) // 256, 1)]
         values = self._value(few).abs().max()  # type: ignore[attr-defined]
-        log_prob = self.actor.action_log_prob(self._policy_observations(few))[1]  # type: ignore[attr-defined, operator]
+        # A deterministic policy has no entropy.
+        with_log_prob = getattr(self.actor, "action_log_prob", lambda observations: (None, values.new_zeros(1)))
+        log_prob = with_log_prob(self._policy_observations(few))[1]  # type: ignore[attr-defined]
         entropy = (self._ent_coef() * log_prob).abs().max()  # type: ignore[attr-defined]
         normalize = self._normalization()  # type: ignore[attr-defined]
         rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)

@@ -16,6 +16,9 @@ WEIGHTS = ("log_ratio_weight", "adversarial_weight", "likelihood_weight")
 FUNCTIONS = ("termination_fn", "reward_fn")
 DICTS = ("dynamics_kwargs", "classifier_kwargs", "fit_kwargs")
 
+#: Beyond it sums of squares overflow in single precision: no observation, reward or gradient is larger.
+LARGEST = 1e15
+
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """
@@ -37,7 +40,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"n_steps={settings['n_steps']} sums rewards before objective={objective!r} can take their logarithm: "
             "use n_steps=1, or objective='mnm-approx'"
         )
-    check_number("real_ratio", settings["real_ratio"], 0, 1)
+    if row.takes_log and settings["gamma"] == 1:
+        raise ValueError(
+            f"gamma=1 leaves objective={objective!r} without a bound, whose log(1 - gamma) is infinite: "
+            "use gamma below 1, or objective='mnm-approx'"
+        )
+    for name in ("gamma", "tau", "real_ratio"):
+        check_number(name, settings[name], 0, 1)
     for name in COUNTS:
         check_count(name, settings[name])
     if settings["figures_every"] != 0:

@@ -7,6 +7,7 @@ from gymnasium import spaces
 
 from sb3_mismatch.dynamics import Dynamics
 from sb3_mismatch.observations import FlatObservations, TensorObservations
+from sb3_mismatch.settings import LARGEST
 
 #: ``(observations, actions, next_observations) -> (n,) or (n, 1)``, batched tensors in the environment's own scale and
 #: shape: actions between the bounds of the action space, observations raw (a dict of tensors for Dict spaces).
@@ -75,7 +76,13 @@ class Outcomes:
                 f"{name} must return a tensor of shape ({n},) or ({n}, 1) for {n} transitions and returned {got}: "
                 "work on the last dimension of batched tensors"
             )
+        if answer.is_complex():
+            raise ValueError(f"{name} returned complex numbers: return real numbers or bool")
         answer = answer.reshape(n, 1).float()
-        if not answer.isfinite().all():
-            raise ValueError(f"{name} returned NaN or infinity: it must be finite on any imagined transition")
+        # NaN is below nothing.
+        if not (answer.abs() <= LARGEST).all():
+            raise ValueError(
+                f"{name} returned NaN or infinity, or a number beyond {LARGEST:g}: it must be finite on any imagined "
+                "transition"
+            )
         return answer

@@ -20,6 +20,11 @@ from stable_baselines3.common.logger import configure
 MOST_GROWTH = 5.0
 
 
+INTRODUCTION = """`python -m sb3_mismatch.benchmarks memory`: MnM on Pendulum-v1, one gradient step a step.
+Resident memory in 2**20 bytes, after a collection and without what the allocator keeps; growth is of the mean over a
+third of the rows."""
+
+
 class Usage(NamedTuple):
     """
     What the process holds after ``step`` environment steps.
@@ -163,13 +168,17 @@ def growth(rows: Sequence[Usage]) -> Growth:
 
 
 def report(path: Path) -> bool:
-    """Print the growth over the last third of the rows in ``path``; whether it passes."""
+    """Print the growth over the last third of the rows in ``path``, and write it beside them; whether it passes."""
     rows = read_usage(path)
     grown = growth(rows)
-    print(
-        f"{path}: {rows[-1].step} steps, {rows[-1].resident_mb:.1f} MB resident, {rows[-1].highest_mb:.1f} MB at most\n"
-        f"over the last third: {grown.resident_mb:+.2f} MB resident, {grown.highest_mb:+.2f} MB at most (bar: "
+    told = (
+        f"{rows[-1].step} steps: {rows[-1].resident_mb:.1f} MB resident, {rows[-1].highest_mb:.1f} MB at most.\n"
+        f"Over the last third: {grown.resident_mb:+.2f} MB resident, {grown.highest_mb:+.2f} MB at most (bar: "
         f"{MOST_GROWTH:g}), {grown.handles:+d} open files, {grown.log_files:+d} log files, {grown.log_lines:+d} log "
-        f"lines beyond those of the third before: {'flat' if grown.passes else 'it grows'}"
+        f"lines beyond those of the third before: {'flat' if grown.passes else 'it grows'}."
     )
+    print(told)
+    table = ["| " + " | ".join(map(str, row)) + " |" for row in (Usage._fields, ("---",) * len(Usage._fields), *rows)]
+    text = ["---", "orphan: true", "---", "", "# Memory of a long run", "", INTRODUCTION, "", told, "", *table, ""]
+    path.with_name("report.md").write_text("\n".join(text))
     return grown.passes
