@@ -5,11 +5,13 @@ already, and draws the world of the first and the logs of both.
 """
 
 import argparse
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+from PIL import Image
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
@@ -57,7 +59,10 @@ def draw(runs: Path, out: Path) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png")
+        file = io.BytesIO()
+        figure.savefig(file)
+        # A hundred colours are enough, and make for small files.
+        Image.open(file).convert("RGB").quantize(100).save(out / f"{name}.png", optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from scipy.stats import norm
 from stable_baselines3 import SAC
 from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import collected, counters
+from toys import collected, counters, rows_of
 
 from sb3_mismatch import MBPO, MnM, figures, plots
 from sb3_mismatch.buffers import real_transitions
@@ -117,10 +117,10 @@ class Drift(BoxEnv):
         return self.at, info
 
 
-def perfect(monkeypatch, drift=0.1):
+def perfect(monkeypatch, drift=0.1, **settings):
     """A model whose dynamics say s' = s + drift and are sure of it; the true drift is 0.1."""
     soon(monkeypatch)
-    model = trained(Drift())
+    model = trained(Drift(), **settings)
     dynamics = model.world.dynamics
     with th.no_grad():
         for parameter in dynamics.body.parameters():
@@ -153,6 +153,45 @@ def test_an_imperfect_model_errs_by_as_much_as_it_drifts(monkeypatch):
     np.testing.assert_allclose(found.imagined[:, 2], 0.03 * np.arange(6) / scale, rtol=1e-3, atol=1e-5)
 
 
+def test_states_behind_an_imagined_end_do_not_count(monkeypatch):
+    # Imagined episodes end on the way, and stand still behind their end: there they would be wrong.
+    model = perfect(monkeypatch, termination_fn=lambda s, a, t: t[:, 0] > 0.75)
+    found = numbers.horizon_errors_of(model, real.real_data(model, ""), 6, 30)
+    assert (found.alive[0], found.alive[-1]) == (1, pytest.approx(1 / 6, abs=0.15))
+    np.testing.assert_allclose(found.imagined[found.alive > 0], 0, atol=1e-5)
+    assert model.imagine(np.full(3, 0.7, np.float32), 3).alive[:, 0].tolist() == [True, False, False]
+
+
+def test_sides_of_the_log_ratio(monkeypatch):
+    # A classifier whose log p/q is the change of the first dimension: 0.1 where real, 0.13 where imagined.
+    model = perfect(monkeypatch, drift=0.13)
+    monkeypatch.setattr(model.world.classifier, "log_ratio", lambda s, a, t: (t - s)[..., :1])
+    found = numbers.log_ratios_of(model, real.real_data(model, ""), 5, 7)
+    for values, expected in ((found.real, 0.1), (found.imagined, 0.13)):
+        np.testing.assert_allclose(values, expected, atol=1e-3)
+    for quantiles, expected in ((found.along_real, 0.1), (found.along_imagined, 0.13)):
+        np.testing.assert_allclose(quantiles, np.full((5, 5), expected), atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5], ids=["as they are", "too small by half"])
+def test_calibration_of_known_noise(factor, monkeypatch):
+    model = perfect(monkeypatch, fit_kwargs={"max_steps": 5, "classifier_steps": 2, "max_holdout": 4000})
+    dynamics, noise = model.world.dynamics, th.tensor([0.05, 0.2, 0.4, 0.1])
+    targets = th.tensor([0.1, 0.1, 0.1, 0.0]) + noise * th.randn(20_000, 4, generator=th.Generator().manual_seed(0))
+    with th.no_grad():
+        dynamics.min_log_var.fill_(-30)
+        dynamics.max_log_var.fill_(30)
+        dynamics.targets.mean[3] = 0
+        dynamics.body.layers[-1].bias[..., 4:] = 2 * (factor * noise / dynamics.targets.std).log() / 5
+    states = th.zeros(20_000, 3)
+    data = rows_of(states, th.zeros(20_000, 2), targets[:, :3], targets[:, 3:])
+    found = numbers.calibration_of(model, data)
+    expected = 2 * norm.cdf(factor * norm.ppf(0.5 + found.levels / 2)) - 1
+    np.testing.assert_allclose(found.observed, np.repeat(expected[:, None], 4, axis=1), atol=0.04)
+    assert found.n == pytest.approx(4000, abs=1)
+    assert found.names == ["s[0]", "s[1]", "s[2]", "reward"]
+
+
 def test_held_out_rows_are_those_of_the_fit(monkeypatch):
     soon(monkeypatch)
     seen = []
@@ -174,7 +213,7 @@ def test_held_out_rows_are_those_of_the_fit(monkeypatch):
 def model():
     with pytest.MonkeyPatch.context() as monkeypatch:
         soon(monkeypatch)
-        return trained(BoxEnv(length=30), 150)
+        return trained(BoxEnv(length=30, high=2.0), 150)
 
 
 @pytest.mark.parametrize("name", sorted(OF_A_WORLD))
@@ -223,7 +262,7 @@ def test_spaces_of_other_forms(space, monkeypatch):
 def test_pictures_show_their_numbers():
     fan = numbers.Fan(["s[0]"], np.array([[0.0], [1.0]]), np.array([[0.0], [2.0]]), np.zeros((2, 2, 1)), 0)
     lines = world.draw_fan(fan).axes[0].lines
-    assert [tuple(line.get_ydata()) for line in lines[:4]] == [(0, 0), (0, 0), (0, 2), (0, 1)]
+    assert [tuple(line.get_ydata()) for line in lines[:4]] == [(0,), (0,), (0,), (0, 1)]
     assert lines[4].get_xdata()[0] == 0  # where the imagined episode ends
     observed = np.array([[0.2, 0.4], [0.8, 1.0]])
     lines = world.draw_calibration(numbers.Calibration(["s[0]", "reward"], np.array([0.3, 0.9]), observed, 7)).axes[0]
@@ -377,6 +416,15 @@ def test_tensorboard_holds_pictures_and_histograms(monkeypatch, tmp_path):
         histogram = found.Histograms(tag)[-1]
         assert 0 < histogram.histogram_value.num <= held
         assert np.isfinite([histogram.histogram_value.min, histogram.histogram_value.max]).all()
+
+
+def test_imagination_plays_the_actions_that_were_played(model):
+    stretches = real.stretches(model.replay_buffer, model._real_transitions(), 5, 3)
+    imagined = numbers.follow(model, stretches)
+    assert imagined.alive.all()
+    np.testing.assert_allclose(imagined.actions, 2 * stretches.actions, rtol=1e-5)  # the space goes from -2 to 2
+    assert np.abs(imagined.actions).min() > 0
+    np.testing.assert_array_equal(imagined.observations[0], stretches.observations[0])
 
 
 def test_histograms_hold_the_errors_of_the_elites(model):

@@ -54,7 +54,7 @@ def bound(log: str | Path) -> Figure:
     axes.plot(*values[LOG_RETURN].T, color=BASELINE, linestyle="--", label="log of the real discounted return")
     axes.plot(*values[LOWER_BOUND].T, color=IMAGINED, label="lower bound, estimated by imagination")
     finish(axes, "environment steps", "nats")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small", frameon=False)
     return figure
 
 

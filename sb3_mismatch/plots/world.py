@@ -102,10 +102,11 @@ def draw_fan(fan: Fan, first: int = 0) -> Figure:
     shown = list(range(first, min(first + MOST_PANELS, len(fan.names))))
     figure, grid = panels(len(shown))
     steps = np.arange(len(fan.real))
-    ends = fan.alive < len(steps) - 1
+    # Behind an imagined end nothing is imagined.
+    lived, ends = steps[: fan.alive + 1], fan.alive < len(steps) - 1
     for axes, d in zip(grid, shown, strict=True):
-        axes.plot(steps, fan.members[:, :, d].T, color=IMAGINED, linewidth=0.8, alpha=0.45)
-        axes.plot(steps, fan.imagined[:, d], color=BASELINE, linewidth=1.2, linestyle="--")
+        axes.plot(lived, fan.members[:, : len(lived), d].T, color=IMAGINED, linewidth=0.8, alpha=0.45)
+        axes.plot(lived, fan.imagined[: len(lived), d], color=BASELINE, linewidth=1.2, linestyle="--")
         axes.plot(steps, fan.real[:, d], color=REAL, linewidth=1.6)
         if ends:
             axes.axvline(fan.alive, color=MARK, linestyle=":")
@@ -130,7 +131,7 @@ def draw_log_ratios(ratios: LogRatios) -> Figure:
         left.hist(inside, bins=edges, weights=share, color=color, alpha=0.25)
         left.hist(inside, bins=edges, weights=share, color=color, histtype="step", linewidth=1.5, label=label)
         left.axvline(values.mean(), color=color, linestyle="--", linewidth=1.2)
-    title = f"next states of {len(ratios.real):,} held-out transitions; dashed: means"
+    title = f"{len(ratios.real):,} held-out transitions; dashed: means"
     finish(left, "log p/q of the classifier, nats", "share", title)
     left.legend(fontsize="small")
     steps = np.arange(1, len(ratios.along_real) + 1)
@@ -151,8 +152,8 @@ def draw_calibration(numbers: Calibration) -> Figure:
     axes.plot(numbers.levels, numbers.observed[:, -1], color=BASELINE, linestyle="--", linewidth=1.4, label="reward")
     axes.plot(numbers.levels, numbers.observed.mean(axis=1), color=REAL, linewidth=2.2, label="mean of all")
     finish(axes, "share that the interval should hold", "share of targets in it", f"{numbers.n:,} held-out transitions")
-    axes.text(0.03, 0.62, "variances too large", fontsize="small", color="#555555")
-    axes.text(0.97, 0.32, "variances too small", fontsize="small", color="#555555", ha="right")
+    axes.text(0.03, 0.93, "variances too large", fontsize="small", color="#555555")
+    axes.text(0.97, 0.34, "variances too small", fontsize="small", color="#555555", ha="right")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(loc="lower right", fontsize="small")
     return figure
