@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -300,7 +301,10 @@ class CompiledStep:
     def prepare(self, state: State, rows: Rows, numbers: th.Tensor) -> None:
         """Compile for tensors of these shapes, on copies: no weight moves and nothing is drawn."""
         copy = State(*(_copied(part) for part in state))
-        program(self.spec)(copy, rows, numbers)
+        # What torch warns of while it compiles is about its own code.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program(self.spec)(copy, rows, numbers)
         self._ready.add(_key(rows))
 
     def is_ready(self, rows: Rows) -> bool:

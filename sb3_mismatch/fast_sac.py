@@ -216,7 +216,8 @@ class FastSAC(SAC):
                 self._compiled.prepare(state_of(self.policy, self.ent_coef_optimizer), rows, self._numbers(1)[0])
             # Whatever a compiler stumbles over, the plain form does the same.
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                cause = getattr(error, "inner_exception", error)
+                reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
             else:
                 if self.verbose >= 1:
                     seconds = time.perf_counter() - start

@@ -215,14 +215,9 @@ def fit_dynamics(
     check()
     dynamics.train()
     while steps < settings.max_steps and idle < settings.patience:
-        for step in range(steps, min(steps + check_every, settings.max_steps)):
-            index = bootstrap.gather(1, columns[step])
-            rows = ReplayBufferSamples(*(c[index] for c in batch[:5]))
-            total = loss(rows) + _end_loss(dynamics, rows) + dynamics.log_var_penalty()
-            optimizer.zero_grad()
-            total.sum().backward(inputs=list(dynamics.parameters()))
-            optimizer.step()
-            steps += 1
+        block = columns[steps : steps + check_every]
+        training_steps(dynamics, optimizer, batch, bootstrap, block, loss)
+        steps += len(block)
         idle = 0 if check() else idle + 1
     dynamics.eval()
     rolled_back = best_body.restore() | best_end.restore()
@@ -245,6 +240,32 @@ def fit_dynamics(
         "dynamics/fit_steps": steps,
         "dynamics/rolled_back": int(rolled_back.sum()),
     }
+
+
+def training_steps(
+    dynamics: Dynamics,
+    optimizer: th.optim.Optimizer,
+    batch: ReplayBufferSamples,
+    bootstrap: th.Tensor,
+    columns: th.Tensor,
+    loss: ModelLoss,
+) -> None:
+    """
+    Gradient steps of all members at once; nothing waits for the device.
+
+    :param batch: all rows, (n, .)
+    :param bootstrap: which of them each member learns from, (E, n)
+    :param columns: which of these its minibatches hold, (steps, E, batch_size)
+    :param loss: as for :func:`fit_dynamics`
+    """
+    parameters = list(dynamics.parameters())
+    for column in columns:
+        index = bootstrap.gather(1, column)
+        rows = ReplayBufferSamples(*(c[index] for c in batch[:5]))
+        total = loss(rows) + _end_loss(dynamics, rows) + dynamics.log_var_penalty()
+        optimizer.zero_grad()
+        total.sum().backward(inputs=parameters)
+        optimizer.step()
 
 
 class _Body(nn.Module):
