@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+from stable_baselines3.common.save_util import open_path
+
 #: number of the format of zips and checkpoints; a higher one is a newer version's
 FORMAT = 1
 
@@ -43,7 +45,7 @@ def written(path: Any, suffix: str, verbose: int = 0) -> Iterator[Any]:
     :param verbose: from 2 on, a file that is replaced is told
     """
     if not isinstance(path, str | pathlib.Path):
-        yield path
+        yield open_path(path, "w")
         return
     target = _target(pathlib.Path(path), suffix, verbose)
     if target.exists() and not target.is_file():
