@@ -229,7 +229,16 @@ def check_environment(name: str, values: Observations) -> None:
 
 
 def check_buffer(buffer: ReplayBuffer) -> None:
-    """:func:`check_numbers` of the transitions in a replay buffer, which may have been loaded or filled by hand."""
+    """
+    :func:`check_numbers` of the transitions in a replay buffer, which may have been loaded or filled by hand.
+
+    :raises ValueError: also for a buffer without room for a transition and its successor
+    """
+    if buffer.optimize_memory_usage and buffer.buffer_size < 2:
+        raise ValueError(
+            f"buffer_size={buffer.buffer_size} for each environment with optimize_memory_usage=True has no room for a "
+            "transition and its successor: use a larger buffer_size"
+        )
     for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
         # Without next_observations under optimize_memory_usage.
         array = getattr(buffer, name, None)
