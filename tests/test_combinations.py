@@ -29,7 +29,7 @@ KNOWN = (
     "Continuous action space must have a finite lower and upper bound",
     "VecNormalize only supports",
     "N-step returns are not supported for Dict",
-    "NStepReplayBuffer doesn't support `optimize_memory_usage=True`",
+    "NStepReplayBuffer doesn't support optimize_memory_usage",
     "DictReplayBuffer does not support optimize_memory_usage",
     "sums rewards before objective=.* can take their logarithm",
     "takes log r and met r",
