@@ -116,6 +116,8 @@ class Checkpointed(OffPolicyAlgorithm):
         about = _verified(found)
         if about["class"] != cls.__name__:
             raise ValueError(f"{found} is a checkpoint of {about['class']}: use {about['class']}.load_checkpoint")
+        if env is None:
+            raise ValueError("env=None cannot continue a run: make an environment as the run's was made and pass it")
         n_envs = env.num_envs if isinstance(env, VecEnv) else 1
         if about["n_envs"] != n_envs:
             raise ValueError(
@@ -196,7 +198,15 @@ class ResumeCallback(BaseCallback):
         self._last, self._in_round = 0, False
 
     def _on_training_start(self) -> None:
-        """:raises ValueError: when the folder holds a later checkpoint, of another run"""
+        """
+        :raises TypeError: when the agent is none of this package
+        :raises ValueError: when the folder holds a later checkpoint, of another run
+        """
+        if not hasattr(self.model, "save_checkpoint"):
+            raise TypeError(
+                f"ResumeCallback needs an agent of this package and met {type(self.model).__name__}: use "
+                "stable_baselines3.common.callbacks.CheckpointCallback with it"
+            )
         newest = newest_checkpoint(self.folder)
         if newest is not None and _step(newest) > self.model.num_timesteps:
             raise ValueError(

@@ -8,8 +8,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from agents import BoxEnv, assert_same, policy_contents, small, soon, world_contents
+from agents import BoxEnv, assert_same, policy_contents, sac_settings, small, soon, world_contents
 from gymnasium import spaces
+from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
@@ -271,6 +272,10 @@ def test_what_does_not_fit_is_told(tmp_path):
         ValueError, match=r"holds a, later than this run's step 0: continue from it with load_checkpoint"
     ):
         MnM("MlpPolicy", pendulums(), **small()).learn(1, callback=ResumeCallback(tmp_path))
+    with pytest.raises(ValueError, match="env=None cannot continue a run"):
+        MnM.load_checkpoint(folder, None)
+    with pytest.raises(TypeError, match="ResumeCallback needs an agent of this package and met SAC: use"):
+        SAC("MlpPolicy", pendulums(), **sac_settings()).learn(1, callback=ResumeCallback(tmp_path / "b"))
     with pytest.raises(ValueError, match="every=0 must be a whole number of at least 1"):
         ResumeCallback(tmp_path, every=0)
 
