@@ -213,6 +213,8 @@ class ResumeCallback(BaseCallback):
                 f"folder={str(self.folder)!r} holds {newest.name}, later than this run's step "
                 f"{self.model.num_timesteps}: continue from it with load_checkpoint, or choose another folder"
             )
+        if self.folder.is_dir():
+            _prune(self.folder, self.keep)
         self._last = self.model.num_timesteps
         self.model._between_rounds += (self._write_if_due,)
 
@@ -291,9 +293,12 @@ def _settle(part: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _prune(folder: pathlib.Path, keep: int) -> None:
-    """Keep the ``keep`` newest checkpoints in ``folder``, and nothing half-written or half-removed."""
-    name = re.compile(rf"step_\d{{9,}}|\.step_\d{{9,}}{re.escape(PART)}")
-    paths = [path for path in folder.iterdir() if path.is_dir() and name.fullmatch(path.name)]
+    """Keep the ``keep`` newest checkpoints in ``folder``, each at its place, and nothing that is half there."""
+    name = re.compile(rf"\.(step_\d{{9,}}){re.escape(PART)}")
+    for path in list(folder.iterdir()):
+        if path.is_dir() and (of_part := name.fullmatch(path.name)):
+            _settle(path, folder / of_part[1])
+    paths = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"step_\d{9,}", path.name)]
     whole = sorted((path for path in paths if _is_whole(path)), key=_step)
     for path in paths:
         if path not in whole[-keep:]:

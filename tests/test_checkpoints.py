@@ -244,6 +244,13 @@ def test_what_was_whole_before_it_was_renamed_counts(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_run_that_was_killed_before_the_last_name_was_given_is_tidied(tmp_path):
+    model = MnM("MlpPolicy", pendulums(), **small()).learn(20, callback=ResumeCallback(tmp_path, every=10))
+    (tmp_path / "step_000000020").rename(tmp_path / ".step_000000020.sb3part")
+    MnM.load_checkpoint(tmp_path, model.env).learn(0, callback=ResumeCallback(tmp_path), reset_num_timesteps=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000010", "step_000000020"]
+
+
 def test_unfinished_folders_do_not_count_and_are_removed(tmp_path):
     checkpoint(tmp_path / "step_000000010").rename(tmp_path / ".step_000000010.sb3part")
     (tmp_path / ".step_000000010.sb3part" / "checkpoint.json").unlink()
