@@ -29,6 +29,7 @@ def schedules(log: str | Path) -> Figure:
     upper.set_ylim(0, 1)
     finish(upper, "", "share of real rows\nin a minibatch")
     lower.plot(*values[HORIZON].T, color=IMAGINED, drawstyle="steps-post")
+    lower.locator_params(axis="y", integer=True)
     lower.set_ylim(bottom=0)
     finish(lower, "environment steps", "horizon,\nimagined steps")
     return figure
