@@ -111,6 +111,16 @@ def test_of_every_setting(changed, tmp_path):
     assert_same(*resumed_and_not(tmp_path, pendulums, stop=150, more=230, **changed))
 
 
+@pytest.mark.parametrize("changed", [{}, COMPACT, {"buffer_size": 20}], ids=["plain", "compact", "full"])
+def test_every_row_of_the_buffer_returns(changed, tmp_path):
+    model = MnM("MlpPolicy", pendulums(), **small(**changed)).learn(30)
+    model.save_checkpoint(tmp_path / "a")
+    copy = MnM.load_checkpoint(tmp_path / "a", pendulums(), device="cpu")
+    for name, value in vars(model.replay_buffer).items():
+        if isinstance(value, np.ndarray):
+            assert_same(getattr(copy.replay_buffer, name), value)
+
+
 class Dicts(BoxEnv):
     def __init__(self):
         super().__init__(spaces.Dict({"a": spaces.Box(-9, 9, (2,)), "b": spaces.Box(-9, 9, (1, 2))}))
