@@ -1,11 +1,13 @@
 """The command line of the benchmarks."""
 
 import argparse
+import os
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sb3_mismatch.benchmarks.cells import Cell, parse_setting, prepare
@@ -42,6 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.md and curves.png into a folder of finished runs")
     report.add_argument("--out", type=Path, required=True)
     report.add_argument("--baseline", default="sac", help="label whose final return is to be reached; default: sac")
+    speed = commands.add_parser("speed", help="measure what ours costs beside SB3, SBX and mbrl-lib")
+    speed.add_argument("--quick", action="store_true", help="steps, ensemble and imagination alone, in fewer turns")
+    speed.add_argument("--threads", type=positive, default=os.cpu_count() or 1, help="torch threads; default: all CPUs")
+    speed.add_argument("--env-steps", type=int, help="environment steps of the whole runs; default: 500, 0 for none")
+    speed.add_argument("--peer-python", nargs="+", default=[], metavar="PATH", help="interpreters that hold peers")
+    speed.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     memory = commands.add_parser("memory", help="measure the resident memory of a long run of MnM on Pendulum-v1")
     memory.add_argument("--steps", type=positive, default=30_000)
     memory.add_argument("--every", type=positive, default=1_000, help="steps between two measurements")
@@ -85,6 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             from sb3_mismatch.benchmarks.report import write_report
 
             print(*write_report(args.out, args.baseline), sep="\n")
+            return 0
+        if args.command == "speed":
+            from sb3_mismatch.benchmarks import speed
+
+            plan = speed.QUICK if args.quick else speed.Plan()
+            plan = plan if args.env_steps is None else replace(plan, env_steps=args.env_steps)
+            print(speed.measure(plan, args.threads, args.peer_python, args.out))
             return 0
         if args.command == "memory":
             from sb3_mismatch.benchmarks import memory

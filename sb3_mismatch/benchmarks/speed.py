@@ -1,0 +1,386 @@
+"""``python -m sb3_mismatch.benchmarks speed``: what ours costs beside its peers, measured in turns."""
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sb3_mismatch.benchmarks import contestants
+
+SCRIPT = Path(contestants.__file__)
+#: the library that a peer needs
+LIBRARIES = {
+    "tqc": "sb3_contrib",
+    "crossq": "sb3_contrib",
+    "sbx": "sbx",
+    "mbrl_ensemble": "mbrl",
+    "mbrl_imagination": "mbrl",
+}
+TITLES = {
+    "sac": "SB3 SAC",
+    "tqc": "sb3-contrib TQC",
+    "crossq": "sb3-contrib CrossQ",
+    "sbx": "SBX SAC (JAX)",
+    "fast": "FastSAC, plain",
+    "compiled": "FastSAC, compiled",
+    "products": "matrix products alone",
+    "ensemble": "Dynamics",
+    "mbrl_ensemble": "mbrl-lib",
+    "ensemble_products": "matrix products alone",
+    "imagination": "Dynamics.sample",
+    "mbrl_imagination": "mbrl-lib ModelEnv.step",
+    "sac_run": "SB3 SAC",
+    "mnm_run": "MnM",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    How much is measured.
+
+    :param rounds: turns of each contestant
+    :param units: gradient steps, or training steps of the ensemble, of a turn
+    :param env_steps: environment steps of the whole runs; none: they are left out
+    :param growth: whether cost over sizes is measured
+    :param starts: whether start-up and memory are measured
+    """
+
+    rounds: int = 7
+    units: int = 50
+    env_steps: int = 500
+    growth: bool = True
+    starts: bool = True
+
+
+QUICK = Plan(rounds=3, units=20, env_steps=0, growth=False, starts=False)
+
+
+class Contestant:
+    """A process that does units of work when asked; its first one is done when it is here."""
+
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        threads: int,
+        settings: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        start = time.perf_counter()
+        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        flags = f"--xla_cpu_multi_thread_eigen={'true' if threads > 1 else 'false'}"
+        self._process = subprocess.Popen(
+            [python, "-W", "ignore", str(SCRIPT), name, json.dumps(dict(settings or {}))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **own, "XLA_FLAGS": flags, **(environ or {})},
+        )
+        self.name = name
+        self.first = self._answer()
+        self.start_seconds = time.perf_counter() - start
+
+    def work(self, n: int) -> dict[str, Any]:
+        """What ``n`` units took."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{n}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            told = self._process.communicate()[1].strip().splitlines()
+            raise RuntimeError(f"{self.name} ended: {told[-1] if told else 'it said nothing'}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def taking_turns(contestants: Sequence[Contestant], rounds: int, units: int) -> dict[str, dict[str, Any]]:
+    """Each does ``units`` of work, one after the other, ``rounds`` times: what one unit took, in medians."""
+    answers: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in contestants}
+    # JAX compiles for the number of steps; caches fill.
+    for contestant in contestants:
+        contestant.work(units)
+    for _ in range(rounds):
+        for contestant in contestants:
+            answers[contestant.name].append(contestant.work(units))
+    return {
+        name: {
+            "ms": [1e3 * answer["seconds"] / units for answer in turns],
+            "median_ms": median(1e3 * answer["seconds"] / units for answer in turns),
+            "median_cpu_ms": median(1e3 * answer["cpu_seconds"] / units for answer in turns),
+            "peak_mb": turns[-1]["peak_mb"],
+        }
+        for name, turns in answers.items()
+    }
+
+
+def add_ratios(results: dict[str, dict[str, Any]], base: str) -> None:
+    """The median of the ratios to ``base`` turn by turn: what loads the machine loads both."""
+    for row in results.values():
+        row["ratio"] = median(x / y for x, y in zip(row["ms"], results[base]["ms"], strict=True))
+        row["cpu_ratio"] = row["median_cpu_ms"] / results[base]["median_cpu_ms"]
+
+
+@dataclass
+class Speed:
+    """
+    Measures and remembers.
+
+    :param pythons: interpreters in which peers are looked for, this one first
+    """
+
+    plan: Plan
+    threads: int
+    pythons: Sequence[str] = (sys.executable,)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def start(self, names: Sequence[str], settings: Mapping[str, Any] | None = None) -> list[Contestant]:
+        """Those of the contestants whose library is there."""
+        started = []
+        for name in names:
+            python = self._python(LIBRARIES.get(name))
+            if python is None:
+                self.results.setdefault("absent", []).append(TITLES[name])
+                continue
+            try:
+                started.append(Contestant(name, python, self.threads, settings))
+            except RuntimeError as error:
+                self.results.setdefault("absent", []).append(str(error))
+        return started
+
+    def _python(self, library: str | None) -> str | None:
+        """The first interpreter that has the library."""
+        if library is None or importlib.util.find_spec(library) is not None:
+            return self.pythons[0]
+        find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({library!r}) is None)"
+        others = (p for p in self.pythons[1:] if subprocess.run([p, "-c", find], check=False).returncode == 0)
+        return next(others, None)
+
+    def compare(self, title: str, names: Sequence[str], base: str, units: int) -> None:
+        """A table of contestants and their ratio to ``base``."""
+        print(f"{title} ...", flush=True)
+        started = self.start(names)
+        try:
+            rows = taking_turns(started, self.plan.rounds, units)
+        finally:
+            for contestant in started:
+                contestant.close()
+        if base in rows:
+            add_ratios(rows, base)
+        self.results[title] = rows
+
+    def starts(self) -> None:
+        """Seconds from the start of a process to the end of its first gradient step, and peak memory."""
+        print("start-up and memory ...", flush=True)
+        rows = {}
+        with tempfile.TemporaryDirectory() as cache:
+            for title, name in (
+                ("SB3 SAC", "sac"),
+                ("FastSAC, plain", "fast"),
+                ("FastSAC, compiled, cold", "compiled"),
+                ("FastSAC, compiled, warm cache", "compiled"),
+            ):
+                environ = {"TORCHINDUCTOR_CACHE_DIR": cache}
+                contestant = Contestant(name, self.pythons[0], self.threads, environ=environ)
+                contestant.close()
+                rows[title] = {"seconds": contestant.start_seconds, "first_step_seconds": contestant.first["seconds"]}
+        self.results["start"] = rows
+        settings = {"env": "HalfCheetah-v5", "buffer_size": 100_000, "gradient_steps": 1}
+        memory = {}
+        for name in ("sac_run", "mnm_run"):
+            contestant = Contestant(name, self.pythons[0], self.threads, {**settings, "arguments": {}})
+            memory[TITLES[name]] = contestant.work(300)["peak_mb"]
+            contestant.close()
+        self.results["memory"] = memory
+
+    def whole_runs(self) -> None:
+        """Environment steps with 20 gradient steps each, in turns of one fit of the world; MnM's by phase."""
+        print("whole runs ...", flush=True)
+        started = self.start(("sac_run", "mnm_run"), {"env": "HalfCheetah-v5"})
+        turns = max(self.plan.env_steps // 250, 1)
+        answers: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in started}
+        for _ in range(turns):
+            for contestant in started:
+                answers[contestant.name].append(contestant.work(250))
+        for contestant in started:
+            contestant.close()
+        seconds = {name: sum(answer["seconds"] for answer in turns) for name, turns in answers.items()}
+        phases = {
+            name: sum(answer["phases"].get(name, 0.0) for answer in answers["mnm_run"])
+            for name in ("update", "dynamics", "classifier", "imagination", "environment")
+        }
+        phases["other"] = seconds["mnm_run"] - sum(phases.values())
+        self.results["whole runs"] = {
+            "env_steps": 250 * turns,
+            "seconds": seconds,
+            "ratio": seconds["mnm_run"] / seconds["sac_run"],
+            "outside the update": 1 - phases["update"] / seconds["mnm_run"],
+            "phases": phases,
+        }
+
+    def growth(self) -> None:
+        """Milliseconds of MnM for each environment step, as one size grows and the others stay."""
+        print("growth ...", flush=True)
+        plain = {"gradient_steps": 1, "arguments": {"compile": False}}
+        rows = {}
+        for name, sizes in (
+            ("obs_dim", (4, 17, 111, 348)),
+            ("batch_size", (64, 256, 1024)),
+            ("gradient_steps", (1, 5, 20)),
+            ("n_envs", (1, 4, 16)),
+        ):
+            for size in sizes:
+                (contestant,) = self.start(("mnm_run",), {**plain, name: size})
+                n_envs = size if name == "n_envs" else 1
+                steps = 250 // n_envs
+                answer = contestant.work(steps)
+                contestant.close()
+                rows[f"{name} {size}"] = {
+                    "ms": 1e3 * answer["seconds"] / (steps * n_envs),
+                    "phases": {phase: 1e3 * x / (steps * n_envs) for phase, x in answer["phases"].items()},
+                }
+        self.results["growth"] = rows
+
+    def run(self) -> None:
+        """All that is planned."""
+        steps = ("sac", "fast", "compiled", "tqc", "crossq", "sbx", "products")
+        self.compare("gradient step", steps, "sac", self.plan.units)
+        ensembles = ("mbrl_ensemble", "ensemble", "ensemble_products")
+        self.compare("training step of the ensemble", ensembles, "mbrl_ensemble", self.plan.units)
+        self.compare("10,000 imagined transitions", ("mbrl_imagination", "imagination"), "mbrl_imagination", 5)
+        if self.plan.starts:
+            self.starts()
+        if self.plan.env_steps:
+            self.whole_runs()
+        if self.plan.growth:
+            self.growth()
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What it ran on."""
+    packages = ("sb3-mismatch", "torch", "stable-baselines3", "numpy")
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "compiler": shutil.which(os.environ.get("CXX", "g++")) is not None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+# -- the report --
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def comparison(rows: Mapping[str, Mapping[str, Any]], floor: str | None) -> str:
+    """Medians, ratios, share of the floor and memory of one comparison."""
+
+    def line(name: str, row: Mapping[str, Any]) -> list[str]:
+        share = f"{rows[floor]['median_ms'] / row['median_ms']:.0%}" if floor is not None and floor in rows else ""
+        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("ratio", "cpu_ratio")]
+        times = [f"{row['median_ms']:.1f}", f"{row['median_cpu_ms']:.1f}"]
+        return [TITLES[name], *times, *ratios, share, f"{row['peak_mb']:.0f}"]
+
+    header = ("", "ms", "CPU ms", "ratio", "CPU ratio", "matrix products' share", "peak MB")
+    return table(header, [line(name, row) for name, row in rows.items()])
+
+
+def report(results: Mapping[str, Any], command: str) -> str:
+    """The page."""
+    on = results["machine"]
+    parts = [
+        "# Speed\n",
+        f"Written by `{command}`. Medians of turns that the contestants took one after the other, each in a process "
+        "of its own; a ratio is the median of ratios turn by turn, below 1 is faster. "
+        "CPU ms are milliseconds of all threads together.\n",
+        f"{on['cpus']} CPUs ({on['processor']}), {on['threads']} threads, load {on['load']:.1f} at the start; "
+        f"Python {on['python']}, torch {on['torch']}, stable-baselines3 {on['stable-baselines3']}, no GPU: the CUDA "
+        "path has not been measured.\n",
+    ]
+    for title, floor in (
+        ("gradient step", "products"),
+        ("training step of the ensemble", "ensemble_products"),
+        ("10,000 imagined transitions", None),
+    ):
+        parts += [f"## One {title}\n" if floor else f"## {title}\n", comparison(results[title], floor)]
+    if "absent" in results:
+        parts.append(f"Not measured: {'; '.join(dict.fromkeys(results['absent']))}.\n")
+    if "start" in results:
+        rows = [
+            [title, f"{row['seconds']:.1f}", f"{row['first_step_seconds']:.1f}"]
+            for title, row in results["start"].items()
+        ]
+        parts += ["## Start-up\n", "Seconds from the start of the process to the end of the first gradient step.\n"]
+        parts.append(table(("", "s", "of these the first gradient step"), rows))
+        memory = [[title, f"{mb:.0f}"] for title, mb in results["memory"].items()]
+        parts += ["## Peak memory\n", "HalfCheetah-v5, a replay buffer of 100,000 rows, after a round.\n"]
+        parts.append(table(("", "MB"), memory))
+    if "whole runs" in results:
+        runs = results["whole runs"]
+        parts.append("## A whole run\n")
+        parts.append(
+            f"HalfCheetah-v5, {runs['env_steps']} environment steps after warm-up, 20 gradient steps each: "
+            f"MnM {runs['seconds']['mnm_run']:.0f} s, SB3's SAC {runs['seconds']['sac_run']:.0f} s, "
+            f"ratio {runs['ratio']:.2f}; {runs['outside the update']:.0%} of MnM's seconds lie outside the update.\n"
+        )
+        total = runs["seconds"]["mnm_run"]
+        parts.append(
+            table(("phase", "s", "share"), [[n, f"{x:.1f}", f"{x / total:.0%}"] for n, x in runs["phases"].items()])
+        )
+    if "growth" in results:
+        phases = ("update", "dynamics", "classifier", "imagination", "environment")
+        rows = [
+            [size, f"{row['ms']:.1f}", *(f"{row['phases'].get(phase, 0.0):.1f}" for phase in phases)]
+            for size, row in results["growth"].items()
+        ]
+        parts += ["## Growth\n", "Milliseconds of MnM for each environment step, one gradient step each, plain form.\n"]
+        parts.append(table(("", "all", *phases), rows))
+    return "\n".join(parts)
+
+
+def measure(plan: Plan, threads: int, peers: Sequence[str], out: Path | None) -> str:
+    """
+    Measure, write ``out.md`` and ``out.json`` if asked for, and return the page.
+
+    :param threads: of torch, in each contestant
+    :param peers: interpreters in which contestants are looked for that this one lacks
+    """
+    speed = Speed(plan, threads, (sys.executable, *peers))
+    speed.results["machine"] = machine(threads)
+    start = time.perf_counter()
+    speed.run()
+    speed.results["seconds"] = time.perf_counter() - start
+    options = f"{' --quick' if plan is QUICK else f' --env-steps {plan.env_steps}'} --threads {threads}"
+    page = report(speed.results, "python -m sb3_mismatch.benchmarks speed" + options)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".md").write_text(page, encoding="utf-8")
+        out.with_suffix(".json").write_text(json.dumps(speed.results, indent=2) + "\n", encoding="utf-8")
+    return page
