@@ -22,7 +22,9 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 #: what a fenced block may be; a new kind is to be thought about here
-KINDS = {"", "python", "diff", "yaml", "bibtex", "text", "json"}
+KINDS = {"", "bash", "console", "python", "diff", "yaml", "bibtex", "text", "json"}
+#: those that hold commands
+SHELL = {"", "bash", "console"}
 DIRECTIVES = {"toctree", "eval-rst", "include", "figure", "image", "note", "warning", "tip", "list-table", "math"}
 
 #: the beginning of each shown command, and the file that runs it too (or a sentence for what no test can)
@@ -78,9 +80,9 @@ def python(page: Path) -> list[Block]:
 
 
 def shown_commands() -> list[str]:
-    """The lines of all blocks without a kind, without the folder of a virtual environment."""
-    lines = [line for page in PAGES for b in blocks(page) if b.kind == "" for line in b.code.splitlines()]
-    return [line.replace(".venv/bin/", "") for line in lines if line.strip()]
+    """The lines of all blocks of commands, without prompts and without the folder of a virtual environment."""
+    lines = [line for page in PAGES for b in blocks(page) if b.kind in SHELL for line in b.code.splitlines()]
+    return [line.removeprefix("$ ").replace(".venv/bin/", "") for line in lines if line.strip()]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python(page)], ids=lambda page: page.name)
