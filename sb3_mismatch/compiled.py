@@ -313,14 +313,12 @@ class CompiledStep:
 
     @th.no_grad()
     def __call__(self, state: State, rows: Rows, numbers: th.Tensor) -> th.Tensor:
-        """One gradient step in place; the log of :func:`update`, to be read before the next step on CUDA only."""
+        """One gradient step in place; the log of :func:`update`."""
         if self.device.type == "cuda":
             if self._graph is None or not self._graph.fits(state, rows):
                 self._graph = _Graph(program(self.spec), state, rows, numbers)
             return self._graph(rows, numbers)
-        # The shapes are known: what else torch would look at before each step costs as much as an optimizer's.
-        with th.compiler.set_stance(skip_guard_eval_unsafe=True):
-            return program(self.spec)(state, rows, numbers)
+        return program(self.spec)(state, rows, numbers)
 
 
 class _Graph:
