@@ -92,8 +92,10 @@ class FastSAC(SAC):
         return [*super()._excluded_save_params(), "_compiled", "_refused", "_is_long"]
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        self._is_long = self._gradient_steps_of(total_timesteps) >= LONG_RUN
-        return super()._setup_learn(total_timesteps, *args, **kwargs)
+        prepared = super()._setup_learn(total_timesteps, *args, **kwargs)
+        # Of the whole run: one that is continued takes the form that it began with.
+        self._is_long = self._gradient_steps_of(self._total_timesteps) >= LONG_RUN
+        return prepared
 
     def _gradient_steps_of(self, timesteps: int) -> float:
         """How many gradient steps so many environment steps ask for; of episodes, whose lengths differ, one a step."""

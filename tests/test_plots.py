@@ -374,7 +374,7 @@ def test_learning_curves_are_means_over_seeds_on_common_steps(tmp_path):
     # Two lines, seen at different steps: between 20 and 40 both are known.
     for name, steps, slope in (("a", [0, 20, 40], 1.0), ("b", [20, 30, 50], 3.0)):
         np.savez(tmp_path / name, timesteps=steps, results=np.outer(steps, [slope, slope]))
-    figure = plots.learning_curves({"ours": [tmp_path / "a.npz", tmp_path / "b.npz"], "one": [tmp_path / "a.npz"]})
+    figure = plots.learning_curves({"ours": [tmp_path / "a.npz", tmp_path / "b.npz"], "one": tmp_path / "a.npz"})
     axes = figure.axes[0]
     mean = next(line for line in axes.lines if line.get_label() == "ours, 2 seeds")
     np.testing.assert_allclose(mean.get_xdata()[[0, -1]], [20, 40])

@@ -60,13 +60,13 @@ def bound(log: str | Path) -> Figure:
 
 
 def learning_curves(
-    runs: Mapping[str, Sequence[str | Path]], level: float = 0.95, window: int = 10, seeds: bool = True
+    runs: Mapping[str, str | Path | Sequence[str | Path]], level: float = 0.95, window: int = 10, seeds: bool = True
 ) -> Figure:
     """
     Return against environment steps: mean over seeds within Student's interval for it.
 
-    :param runs: for each label one file or folder per seed: ``evaluations.npz`` of EvalCallback, ``monitor.csv``, or a
-        CSV of this package's benchmarks
+    :param runs: for each label a file or folder, or one per seed: ``evaluations.npz`` of EvalCallback,
+        ``monitor.csv``, or a CSV of this package's benchmarks
     :param level: confidence of the interval, between 0 and 1; a single seed has none
     :param window: episodes of a ``monitor.csv`` that are averaged
     :param seeds: whether every seed is drawn too, thin
@@ -82,7 +82,8 @@ def learning_curves(
     axes = figure.subplots()
     for index, (label, files) in enumerate(runs.items()):
         color = CYCLE[index % len(CYCLE)]
-        steps, values = on_common_steps([read_returns(file, window) for file in files])
+        each = [files] if isinstance(files, str | Path) else files
+        steps, values = on_common_steps([read_returns(file, window) for file in each])
         mean, half = mean_and_interval(values, level)
         if len(values) > 1:
             axes.fill_between(steps, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
