@@ -79,10 +79,8 @@ class Outcomes:
         if answer.is_complex():
             raise ValueError(f"{name} returned complex numbers: return real numbers or bool")
         answer = answer.reshape(n, 1).float()
-        # NaN is below nothing.
-        if not (answer.abs() <= LARGEST).all():
-            raise ValueError(
-                f"{name} returned NaN or infinity, or a number beyond {LARGEST:g}: it must be finite on any imagined "
-                "transition"
-            )
+        if not answer.isfinite().all():
+            raise ValueError(f"{name} returned NaN or infinity: it must be finite on any imagined transition")
+        if answer.abs().max() > LARGEST:
+            raise ValueError(f"{name} returned a number beyond {LARGEST:g}: scale the rewards")
         return answer
