@@ -42,10 +42,6 @@ class Guarded(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self._gradients = GradientGuard(self.device)
-        policy: Any = self.policy
-        for optimizer in (policy.actor.optimizer, policy.critic.optimizer, self.ent_coef_optimizer):
-            if optimizer is not None:
-                self._gradients.watch(optimizer)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_gradients"]
@@ -116,6 +112,10 @@ class Guarded(OffPolicyAlgorithm):
         :raises ValueError: when a gradient was of no use, so that it counted for nothing
         """
         self._gradients.dropped.zero_()
+        policy: Any = self.policy
+        for optimizer in (policy.actor.optimizer, policy.critic.optimizer, self.ent_coef_optimizer):
+            if optimizer is not None:
+                self._gradients.watch(optimizer)
         # sb3-contrib takes means of losses for the log: of infinite ones they warn before the error below tells.
         with np.errstate(invalid="ignore", over="ignore"):
             super().train(gradient_steps, batch_size)
@@ -176,8 +176,9 @@ class GradientGuard:
         self.dropped = th.zeros((), device=device)
 
     def watch(self, optimizer: th.optim.Optimizer) -> None:
-        """Look at the gradients before each step of ``optimizer``."""
-        optimizer.register_step_pre_hook(self._before_step)
+        """Look at the gradients before each step of ``optimizer``; a copy of one has lost its hooks."""
+        if self._before_step not in optimizer._optimizer_step_pre_hooks.values():
+            optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: th.optim.Optimizer, *_: Any) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
