@@ -209,7 +209,7 @@ def test_loaded_and_copied_agents_are_guarded_too(tmp_path):
     loaded = MnMTQC.load(tmp_path / "agent", env=environments(1)).learn(60)
     for model in (copy.deepcopy(loaded), loaded):
         model.replay_buffer.rewards[:] = np.nan
-        with pytest.raises(ValueError, match="1 gradients|2 gradients"):
+        with pytest.raises(ValueError, match="gradients of the last 1 gradient steps"):
             model.train(gradient_steps=1)
         assert all(x.isfinite().all() for x in all_of(model))
 
