@@ -99,7 +99,7 @@ def test_estimate_of_the_bound_agrees_with_the_exact_one(seed: int, objective: s
 
 def test_estimate_with_a_trained_classifier() -> None:
     world = OneHot(seed=0)
-    n = 10_000
+    n = 30_000
     observations = world.observation(th.randint(S, (n,)))
     actions = world.action(th.randint(A, (n,)))
     real = world.draw(world.p, observations, actions)
