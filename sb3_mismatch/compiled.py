@@ -23,6 +23,12 @@ from stable_baselines3.sac.policies import Actor
 from stable_baselines3.sac.policies import SACPolicy as Policy
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sb3_mismatch.classifier import Classifier
+from sb3_mismatch.dynamics import Dynamics
+from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
+from sb3_mismatch.objectives import Objective, Payment
 
 #: what an activation without parameters computes
 ACTIVATIONS: dict[type[nn.Module], Callable[[th.Tensor], th.Tensor]] = {
@@ -38,6 +44,8 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[th.Tensor], th.Tensor]] = {
 }
 
 Layers = tuple[type[nn.Module], ...]
+#: dynamics and classifier, or nothing
+World = tuple[nn.Module, ...]
 Weights = Sequence[th.Tensor]
 
 
@@ -49,6 +57,14 @@ class Momenta(NamedTuple):
     eps: float
 
 
+class Ahead(NamedTuple):
+    """How far an agent looks ahead in its learned world, and what it is paid there."""
+
+    steps: int
+    objective: Objective
+    gamma: float
+
+
 class Spec(NamedTuple):
     """
     What a program is made for; agents alike share one.
@@ -57,12 +73,14 @@ class Spec(NamedTuple):
     :param critic: kinds of a critic's layers
     :param n_critics: critics in the ensemble
     :param momenta: of the temperature's, the critics' and the actor's optimizer
+    :param ahead: how a learned world is looked into; ``None`` where there is none
     """
 
     actor: Layers
     critic: Layers
     n_critics: int
     momenta: tuple[Momenta, Momenta, Momenta]
+    ahead: Ahead | None = None
 
 
 class Learner(NamedTuple):
@@ -82,12 +100,34 @@ class State(NamedTuple):
     target: list[th.Tensor]
 
 
+class Starts(NamedTuple):
+    """
+    m imagined states, what is drawn over h steps from there, and how VecNormalize scales what is met.
+
+    :param states: raw flat, (m, obs_dim), a multiple of the K elites
+    :param noise: standard normal, (h + 1, m, action_dim): of the actions
+    :param world_noise: standard normal, (h, K, m / K, obs_dim + 1): of the dynamics
+    :param mean, std, clip: of observations, (obs_dim,)
+    :param reward_std, clip_reward: of rewards, scalars
+    """
+
+    states: th.Tensor
+    noise: th.Tensor
+    world_noise: th.Tensor
+    mean: th.Tensor
+    std: th.Tensor
+    clip: th.Tensor
+    reward_std: th.Tensor
+    clip_reward: th.Tensor
+
+
 class Rows(NamedTuple):
     """
     A minibatch of n rows, single precision.
 
     :param discounts: γ, or γ^k of a k-step return, (n, 1)
-    :param noise: standard normal, (2, n, action_dim): of the actions at s and at s'
+    :param noise: standard normal, of the actions at s and at s', (2, n, action_dim); of those who look ahead at s' alone
+    :param starts: of those who look ahead
     """
 
     observations: th.Tensor
@@ -97,6 +137,7 @@ class Rows(NamedTuple):
     rewards: th.Tensor
     discounts: th.Tensor
     noise: th.Tensor
+    starts: Starts | None = None
 
 
 class Numbers(NamedTuple):
@@ -108,6 +149,9 @@ class Numbers(NamedTuple):
     :param tau: Polyak's; 0 where the targets are not due
     :param ent_coef: the temperature where it is given
     :param largest: gradients of this norm and above count for nothing
+    :param unit: what the critics call one
+    :param lowest_value, highest_value: bounds of what they learn by looking ahead, in their unit
+    :param offset, lowest: of the :class:`~sb3_mismatch.objectives.Payment`
     """
 
     ent_coef_rate: Any
@@ -120,6 +164,11 @@ class Numbers(NamedTuple):
     target_entropy: Any
     ent_coef: Any
     largest: Any
+    unit: Any
+    lowest_value: Any
+    highest_value: Any
+    offset: Any
+    lowest: Any
 
 
 # -- the update --
@@ -185,76 +234,143 @@ def descend(
     return after, (~sound & loss.isfinite()).float()
 
 
+def temperature_step(
+    spec: Spec, temperature: Learner, log_prob: th.Tensor, numbers: Numbers
+) -> tuple[Learner, th.Tensor, th.Tensor, th.Tensor]:
+    """Descend -E[log α (log π(a|s) + H)]: the temperature after it, α before it, the loss, the gradients dropped."""
+    zero = th.zeros_like(numbers.tau)
+    if not temperature.weights:
+        return temperature, numbers.ent_coef, zero, zero
+    (log_ent_coef,) = temperature.weights
+    excess = -(log_prob + numbers.target_entropy).mean()
+    loss = log_ent_coef.squeeze() * excess
+    rate, scale = numbers.ent_coef_rate, numbers.ent_coef_scale
+    after, dropped = descend(temperature, [excess.reshape(1)], loss, rate, scale, spec.momenta[0], numbers.largest)
+    return after, log_ent_coef.exp().squeeze(), loss, dropped
+
+
+def critic_step(
+    spec: Spec, critic: Learner, loss: Callable[[Weights], th.Tensor], numbers: Numbers
+) -> tuple[Learner, th.Tensor, th.Tensor]:
+    """Descend ``loss``: the critics after it, the loss, the gradients dropped."""
+    gradients, value = th.func.grad_and_value(loss)(critic.weights)
+    rate, scale = numbers.critic_rate, numbers.critic_scale
+    after, dropped = descend(critic, gradients, value, rate, scale, spec.momenta[1], numbers.largest)
+    return after, value, dropped
+
+
+def actor_step(
+    spec: Spec, actor: Learner, gradients: Weights, loss: th.Tensor, numbers: Numbers
+) -> tuple[Learner, th.Tensor]:
+    """Descend by ``gradients``: the actor after it, the gradients dropped."""
+    rate, scale = numbers.actor_rate, numbers.actor_scale
+    return descend(actor, gradients, loss, rate, scale, spec.momenta[2], numbers.largest)
+
+
+def one_step_targets(spec: Spec, state: State, rows: Rows, ent_coef: th.Tensor) -> th.Tensor:
+    """r + γ (1 - done) (min_i Q_target,i(s', a') - α log π(a'|s')): (n, 1)."""
+    actions, log_prob = act(spec, state.actor.weights, rows.next_observations, rows.noise[-1])
+    next_values = lowest(values(spec, state.target, rows.next_observations, actions)) - ent_coef * log_prob
+    return rows.rewards + (1 - rows.dones) * rows.discounts * next_values
+
+
+def squared_error(q_values: Sequence[th.Tensor], targets: th.Tensor) -> th.Tensor:
+    """½ Σ_i E[(Q_i - target)²]."""
+    loss: th.Tensor = 0.5 * sum(F.mse_loss(q, targets) for q in q_values)  # type: ignore[assignment]
+    return loss
+
+
+def polyak(target: Weights, weights: Weights, tau: th.Tensor) -> list[th.Tensor]:
+    """(1 - τ) target + τ weights."""
+    return [t * (1 - tau) + tau * w for t, w in zip(target, weights, strict=True)]
+
+
 def update(spec: Spec, state: State, rows: Rows, numbers: Numbers) -> tuple[State, th.Tensor]:
     """
     One gradient step of temperature, critics and actor, in SB3's order, and Polyak averaging of the targets.
 
     :return: the state after it, and (5,): α, the temperature's, critics' and actor's loss, and the gradients dropped
     """
-    s, s_next = rows.observations, rows.next_observations
+    s = rows.observations
     (actions, log_prob), policy_gradient = th.func.vjp(  # type: ignore[misc]
         lambda weights: act(spec, weights, s, rows.noise[0]), state.actor.weights
     )
-    dropped = th.zeros_like(numbers.tau)
+    temperature, ent_coef, ent_coef_loss, dropped_0 = temperature_step(spec, state.log_ent_coef, log_prob, numbers)
+    targets = one_step_targets(spec, state, rows, ent_coef)
+    critic, critic_loss, dropped_1 = critic_step(
+        spec, state.critic, lambda weights: squared_error(values(spec, weights, s, rows.actions), targets), numbers
+    )
 
-    # The temperature: -E[log α (log π(a|s) + H)].
-    temperature, ent_coef, ent_coef_loss = state.log_ent_coef, numbers.ent_coef, th.zeros_like(numbers.tau)
-    if temperature.weights:
-        (log_ent_coef,) = temperature.weights
-        ent_coef, excess = log_ent_coef.exp().squeeze(), -(log_prob + numbers.target_entropy).mean()
-        ent_coef_loss = log_ent_coef.squeeze() * excess
-        temperature, lost = descend(
-            temperature,
-            [excess.reshape(1)],
-            ent_coef_loss,
-            numbers.ent_coef_rate,
-            numbers.ent_coef_scale,
-            spec.momenta[0],
-            numbers.largest,
+    # E[α log π(a|s) - min_i Q_i(s, a)].
+    def loss(actions: th.Tensor, log_prob: th.Tensor) -> th.Tensor:
+        return (ent_coef * log_prob - lowest(values(spec, critic.weights, s, actions))).mean()
+
+    gradient, actor_loss = th.func.grad_and_value(loss, argnums=(0, 1))(actions, log_prob)
+    actor, dropped_2 = actor_step(spec, state.actor, policy_gradient(gradient)[0], actor_loss, numbers)
+
+    after = State(temperature, critic, actor, polyak(state.target, critic.weights, numbers.tau))
+    return after, th.stack([ent_coef, ent_coef_loss, critic_loss, actor_loss, dropped_0 + dropped_1 + dropped_2])
+
+
+def update_ahead(
+    spec: Spec, state: State, rows: Rows, numbers: Numbers, dynamics: Dynamics, classifier: Classifier
+) -> tuple[State, th.Tensor]:
+    """As :func:`update`, beside real rows by looking ahead from imagined states (:mod:`sb3_mismatch.expansion`)."""
+    ahead, starts = spec.ahead, rows.starts
+    assert ahead is not None
+    assert starts is not None
+    payment = Payment(ahead.objective, ahead.gamma, numbers.offset, numbers.lowest, numbers.unit)
+
+    def seen(states: th.Tensor) -> th.Tensor:
+        return ((states - starts.mean) / starts.std).clamp(-starts.clip, starts.clip)
+
+    def earned(*transitions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        *transition, rewards = transitions
+        rewards = (rewards / starts.reward_std).clamp(-starts.clip_reward, starts.clip_reward)
+        log_ratio = classifier.log_ratio(*transition) if ahead.objective.uses_classifier else th.zeros_like(rewards)
+        paid = payment.imagined(rewards, log_ratio, th.ones_like(rewards))
+        return paid, 1 - dynamics.end_probability(transition[2])
+
+    def path(weights: Weights) -> Path:
+        noise, world_noise = iter(starts.noise), iter(starts.world_noise)
+        return look_ahead(
+            lambda states: act(spec, weights, seen(states), next(noise)),
+            lambda states, actions: dynamics.rsample_parts(states, actions, next(world_noise)),
+            earned,
+            starts.states,
+            ahead.steps,
         )
-        dropped = dropped + lost
 
-    # The critics: ½ Σ_i E[(Q_i(s, a) - r - γ (1 - done) (min_i Q_target,i(s', a') - α log π(a'|s')))²].
-    next_actions, next_log_prob = act(spec, state.actor.weights, s_next, rows.noise[1])
-    next_values = lowest(values(spec, state.target, s_next, next_actions)) - ent_coef * next_log_prob
-    targets = rows.rewards + (1 - rows.dones) * rows.discounts * next_values
+    climbed, policy_gradient = th.func.vjp(path, state.actor.weights)  # type: ignore[misc]
+    temperature, ent_coef, ent_coef_loss, dropped_0 = temperature_step(
+        spec, state.log_ent_coef, climbed.log_prob[0], numbers
+    )
+    # In the critics' unit.
+    alpha = ent_coef / numbers.unit
+
+    def value(critics: Weights, path: Path) -> th.Tensor:
+        last = lowest(values(spec, critics, seen(path.states[-1]), path.actions[-1])) - alpha * path.log_prob[-1]
+        return expanded_value(path, last, alpha, ahead.gamma)
+
+    targets = (value(state.target, climbed) + alpha * climbed.log_prob[0]).clamp(
+        numbers.lowest_value, numbers.highest_value
+    )
+    n_real, n = len(rows.rewards), len(starts.states)
+    real_targets = one_step_targets(spec, state, rows, alpha) if n_real > 0 else None
 
     def critic_loss(weights: Weights) -> th.Tensor:
-        loss: th.Tensor = 0.5 * sum(F.mse_loss(q, targets) for q in values(spec, weights, s, rows.actions))  # type: ignore[assignment]
-        return loss
+        imagined = squared_error(values(spec, weights, seen(climbed.states[0]), climbed.actions[0]), targets)
+        if real_targets is None:
+            return imagined
+        real = squared_error(values(spec, weights, rows.observations, rows.actions), real_targets)
+        return (n * imagined + n_real * real) / (n + n_real)
 
-    gradients, loss_of_critic = th.func.grad_and_value(critic_loss)(state.critic.weights)
-    critic, lost = descend(
-        state.critic,
-        gradients,
-        loss_of_critic,
-        numbers.critic_rate,
-        numbers.critic_scale,
-        spec.momenta[1],
-        numbers.largest,
-    )
-    dropped = dropped + lost
+    critic, loss_of_critic, dropped_1 = critic_step(spec, state.critic, critic_loss, numbers)
+    gradient, actor_loss = th.func.grad_and_value(lambda path: -value(critic.weights, path).mean())(climbed)
+    actor, dropped_2 = actor_step(spec, state.actor, policy_gradient(gradient)[0], actor_loss, numbers)
 
-    # The actor: E[α log π(a|s) - min_i Q_i(s, a)].
-    def actor_loss(actions: th.Tensor, log_prob: th.Tensor) -> th.Tensor:
-        loss: th.Tensor = (ent_coef * log_prob - lowest(values(spec, critic.weights, s, actions))).mean()
-        return loss
-
-    gradient, loss_of_actor = th.func.grad_and_value(actor_loss, argnums=(0, 1))(actions, log_prob)
-    actor, lost = descend(
-        state.actor,
-        policy_gradient(gradient)[0],
-        loss_of_actor,
-        numbers.actor_rate,
-        numbers.actor_scale,
-        spec.momenta[2],
-        numbers.largest,
-    )
-    dropped = dropped + lost
-
-    target = [t * (1 - numbers.tau) + numbers.tau * w for t, w in zip(state.target, critic.weights, strict=True)]
-    log = th.stack([ent_coef, ent_coef_loss, loss_of_critic, loss_of_actor, dropped])
-    return State(temperature, critic, actor, target), log
+    after = State(temperature, critic, actor, polyak(state.target, critic.weights, numbers.tau))
+    return after, th.stack([ent_coef, ent_coef_loss, loss_of_critic, actor_loss, dropped_0 + dropped_1 + dropped_2])
 
 
 # -- the program --
@@ -267,16 +383,20 @@ def tensors(state: State) -> list[th.Tensor]:
 
 
 @cache
-def program(spec: Spec) -> Callable[[State, Rows, th.Tensor], th.Tensor]:
-    """:func:`update` in place, compiled: (state, rows, numbers as a tensor) -> the log of the step."""
+def program(spec: Spec) -> Callable[[State, Rows, th.Tensor, World], th.Tensor]:
+    """
+    :func:`update`, or :func:`update_ahead`, in place and compiled: (state, rows, numbers as a tensor, dynamics and
+    classifier of those who look ahead) -> the log of the step.
+    """
 
-    def step(state: State, rows: Rows, numbers: th.Tensor) -> th.Tensor:
-        after, log = update(spec, state, rows, Numbers(*numbers.unbind()))
+    def step(state: State, rows: Rows, numbers: th.Tensor, world: World) -> th.Tensor:
+        form = update if spec.ahead is None else update_ahead
+        after, log = form(spec, state, rows, Numbers(*numbers.unbind()), *world)
         for old, new in zip(tensors(state), tensors(after), strict=True):
             old.copy_(new)
         return log
 
-    compiled: Callable[[State, Rows, th.Tensor], th.Tensor] = th.compile(step, fullgraph=True, dynamic=False)
+    compiled: Callable[[State, Rows, th.Tensor, World], th.Tensor] = th.compile(step, fullgraph=True, dynamic=False)
     return compiled
 
 
@@ -298,13 +418,13 @@ class CompiledStep:
         return type(self), (self.spec, self.device)
 
     @th.no_grad()
-    def prepare(self, state: State, rows: Rows, numbers: th.Tensor) -> None:
+    def prepare(self, state: State, rows: Rows, numbers: th.Tensor, world: World = ()) -> None:
         """Compile for tensors of these shapes, on copies: no weight moves and nothing is drawn."""
         copy = State(*(_copied(part) for part in state))
         # What torch warns of while it compiles is about its own code.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program(self.spec)(copy, rows, numbers)
+            program(self.spec)(copy, rows, numbers, world)
         self._ready.add(_key(rows))
 
     def is_ready(self, rows: Rows) -> bool:
@@ -312,33 +432,38 @@ class CompiledStep:
         return _key(rows) in self._ready
 
     @th.no_grad()
-    def __call__(self, state: State, rows: Rows, numbers: th.Tensor) -> th.Tensor:
+    def __call__(self, state: State, rows: Rows, numbers: th.Tensor, world: World = ()) -> th.Tensor:
         """One gradient step in place; the log of :func:`update`."""
         if self.device.type == "cuda":
             if self._graph is None or not self._graph.fits(state, rows):
-                self._graph = _Graph(program(self.spec), state, rows, numbers)
+                self._graph = _Graph(program(self.spec), state, rows, numbers, world)
             return self._graph(rows, numbers)
-        return program(self.spec)(state, rows, numbers)
+        return program(self.spec)(state, rows, numbers, world)
 
 
 class _Graph:
     """The program captured as a CUDA graph on the agent's tensors; minibatches are copied to where it reads them."""
 
     def __init__(
-        self, step: Callable[[State, Rows, th.Tensor], th.Tensor], state: State, rows: Rows, numbers: th.Tensor
+        self,
+        step: Callable[[State, Rows, th.Tensor, World], th.Tensor],
+        state: State,
+        rows: Rows,
+        numbers: th.Tensor,
+        world: World,
     ) -> None:
-        self._state, self._rows, self._numbers = tensors(state), Rows(*(x.clone() for x in rows)), numbers.clone()
+        self._state, self._rows, self._numbers = tensors(state), tree_map(th.clone, rows), numbers.clone()
         before = [x.clone() for x in self._state]
         # Capture wants a few runs on a stream of its own beforehand, which must leave no trace.
         stream = th.cuda.Stream()
         stream.wait_stream(th.cuda.current_stream())
         with th.cuda.stream(stream):
             for _ in range(3):
-                step(state, self._rows, self._numbers)
+                step(state, self._rows, self._numbers, world)
         th.cuda.current_stream().wait_stream(stream)
         self._graph = th.cuda.CUDAGraph()
         with th.cuda.graph(self._graph):
-            self._log = step(state, self._rows, self._numbers)
+            self._log = step(state, self._rows, self._numbers, world)
         for x, old in zip(self._state, before, strict=True):
             x.copy_(old)
 
@@ -348,7 +473,7 @@ class _Graph:
         return same and _key(rows) == _key(self._rows)
 
     def __call__(self, rows: Rows, numbers: th.Tensor) -> th.Tensor:
-        for place, x in zip((*self._rows, self._numbers), (*rows, numbers), strict=True):
+        for place, x in zip(tree_leaves((self._rows, self._numbers)), tree_leaves((rows, numbers)), strict=True):
             place.copy_(x)
         self._graph.replay()
         return self._log.clone()
@@ -362,7 +487,7 @@ def _copied(part: Any) -> Any:
 
 
 def _key(rows: Rows) -> tuple[Any, ...]:
-    return (*(tuple(x.shape) for x in rows), th.get_num_threads())
+    return (*(tuple(x.shape) for x in tree_leaves(rows)), th.get_num_threads())
 
 
 # -- from SB3's agent to the program and back --
@@ -413,7 +538,7 @@ def uncovered(policy: Policy, optimizers: Sequence[th.optim.Optimizer], n_hooks:
     return None
 
 
-def spec_of(policy: Policy, ent_coef_optimizer: th.optim.Optimizer | None) -> Spec:
+def spec_of(policy: Policy, ent_coef_optimizer: th.optim.Optimizer | None, ahead: Ahead | None = None) -> Spec:
     """What the program of an agent is made for."""
 
     def momenta(optimizer: th.optim.Optimizer) -> Momenta:
@@ -430,6 +555,7 @@ def spec_of(policy: Policy, ent_coef_optimizer: th.optim.Optimizer | None) -> Sp
         kinds(policy.critic.q_networks[0]),
         len(policy.critic.q_networks),
         (momenta(ent_coef_optimizer or critic), momenta(critic), momenta(actor)),
+        ahead,
     )
 
 

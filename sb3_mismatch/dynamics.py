@@ -121,7 +121,7 @@ class Dynamics(nn.Module):
         n_members: int = 5,
         n_elites: int = 3,
         net_arch: Sequence[int] = (200, 200, 200),
-        layer_norm: bool = False,
+        layer_norm: bool = True,
         predicts: str = "difference",
         end_arch: Sequence[int] = (64, 64),
     ) -> None:
@@ -214,11 +214,33 @@ class Dynamics(nn.Module):
         return self.end_logits(next_observations.expand(self.n_members, -1, -1)).sigmoid().mean(dim=0)
 
     def rsample(
-        self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None
+        self,
+        observations: th.Tensor,
+        actions: th.Tensor,
+        members: th.Tensor | None = None,
+        noise: th.Tensor | None = None,
     ) -> tuple[th.Tensor, th.Tensor]:
-        """Next states and rewards by reparameterisation, row block k from member k: (K, N, .) -> (K, N, .)."""
+        """
+        Next states and rewards by reparameterisation, row block k from member k: (K, N, .) -> (K, N, .).
+
+        :param noise: standard normal, (K, N, obs_dim + 1); ``None`` draws it
+        """
         mean, log_var = self(observations, actions, members)
-        return self.decode(observations, mean + (0.5 * log_var).exp() * th.randn_like(mean))
+        noise = th.randn_like(mean) if noise is None else noise
+        return self.decode(observations, mean + (0.5 * log_var).exp() * noise)
+
+    def rsample_parts(
+        self, observations: th.Tensor, actions: th.Tensor, noise: th.Tensor | None = None
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Next states (n, obs_dim) and rewards (n, 1) by reparameterisation, the k-th part of the rows from the k-th elite.
+
+        :param observations: (n, obs_dim), a multiple of ``n_elites`` rows
+        :param noise: as for :meth:`rsample`
+        """
+        parts = (x.view(self.n_elites, -1, x.shape[1]) for x in (observations, actions))
+        next_observations, rewards = self.rsample(*parts, self.elites, noise)
+        return next_observations.flatten(0, 1), rewards.flatten(0, 1)
 
     @th.no_grad()
     def sample(self, observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

@@ -1,6 +1,7 @@
 """SB3's SAC update in small functions, plain or compiled; knows nothing of models."""
 
 import inspect
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from stable_baselines3.common.utils import polyak_update
 from torch.nn import functional as F
 
 from sb3_mismatch.compiled import (
+    Ahead,
     CompiledStep,
     Numbers,
     Rows,
@@ -69,6 +71,8 @@ class FastSAC(SAC):
     largest_gradient: ClassVar[float] = float("inf")
     #: Hooks of each optimizer whose work the compiled form does itself.
     n_optimizer_hooks: ClassVar[int] = 0
+    #: The class whose form of the update the compiled one writes out.
+    written_by: ClassVar[type["FastSAC"]]
 
     def __init__(self, *args: Any, compile: bool | str = "auto", _init_setup_model: bool = True, **kwargs: Any) -> None:
         base = inspect.signature(SAC).bind_partial(*args, **kwargs).arguments
@@ -207,7 +211,7 @@ class FastSAC(SAC):
         """The compiled gradient step for minibatches of this size; ``None`` where the plain form has to do."""
         reason = lacking(self.device) or self._uncovered()
         if reason is None:
-            spec = spec_of(self.policy, self.ent_coef_optimizer)
+            spec = spec_of(self.policy, self.ent_coef_optimizer, self._ahead())
             if self._compiled is None or self._compiled.spec != spec:
                 self._compiled = CompiledStep(spec, self.device)
             rows = self._empty_rows(batch_size)
@@ -215,7 +219,8 @@ class FastSAC(SAC):
                 return self._compiled
             start = time.perf_counter()
             try:
-                self._compiled.prepare(state_of(self.policy, self.ent_coef_optimizer), rows, self._numbers(1)[0])
+                state = state_of(self.policy, self.ent_coef_optimizer)
+                self._compiled.prepare(state, rows, self._numbers(1)[0], self._looked_into())
             # Whatever a compiler stumbles over, the plain form does the same.
             except Exception as error:
                 cause = getattr(error, "inner_exception", error)
@@ -236,7 +241,7 @@ class FastSAC(SAC):
     def _uncovered(self) -> str | None:
         """What of this agent the compiled form does not know."""
         for name in WRITTEN_OUT:
-            if getattr(type(self), name) is not getattr(FastSAC, name) or name in vars(self):
+            if getattr(type(self), name) is not getattr(self.written_by, name) or name in vars(self):
                 return f"{type(self).__name__} has a {name} of its own"
         optimizers = [self.actor.optimizer, self.critic.optimizer, self.ent_coef_optimizer]
         return uncovered(self.policy, [o for o in optimizers if o is not None], self.n_optimizer_hooks)
@@ -249,7 +254,7 @@ class FastSAC(SAC):
         try:
             for number in numbers:
                 batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-                logs.append(compiled(state, self._rows(batch), number))
+                logs.append(compiled(state, self._rows(batch), number, self._looked_into()))
         finally:
             for optimizer in (self.actor.optimizer, self.critic.optimizer, self.ent_coef_optimizer):
                 if optimizer is not None:
@@ -265,7 +270,7 @@ class FastSAC(SAC):
         """A minibatch as the compiled form takes it, with noise drawn as the plain form draws it."""
         # float64 observations and one-hot ones become what the networks' first layers see.
         extract: Callable[[th.Tensor], th.Tensor] = self._features
-        noise = th.empty(2, *batch.actions.shape, device=self.device)
+        noise = th.empty(2 if self._ahead() is None else 1, *batch.actions.shape, device=self.device)
         for part in noise:
             part.normal_()
         discounts = th.full_like(batch.rewards, self.gamma) if batch.discounts is None else batch.discounts
@@ -297,10 +302,25 @@ class FastSAC(SAC):
         optimizers = (ent_coef_optimizer, self.critic.optimizer, self.actor.optimizer)
         columns = np.concatenate([bias_corrections(x, gradient_steps) for x in optimizers], axis=1)
         due = np.arange(gradient_steps) % self.target_update_interval == 0
-        rest = (self.target_entropy, 0.0 if learned else self.ent_coef_tensor.item(), self.largest_gradient)
+        ent_coef = 0.0 if learned else self.ent_coef_tensor.item()
+        rest = (self.target_entropy, ent_coef, self.largest_gradient, *self._bounds())
         table = np.column_stack([columns, np.where(due, self.tau, 0.0), *(np.full(gradient_steps, x) for x in rest)])
         assert table.shape[1] == len(Numbers._fields)
         return th.as_tensor(table, dtype=th.float32, device=self.device)
+
+    # -- for those who look ahead --
+
+    def _ahead(self) -> Ahead | None:
+        """How a learned world is looked into at this time."""
+        return None
+
+    def _looked_into(self) -> tuple[th.nn.Module, ...]:
+        """Its dynamics and its classifier."""
+        return ()
+
+    def _bounds(self) -> tuple[float, ...]:
+        """The last of :class:`~sb3_mismatch.compiled.Numbers`, from ``unit`` on."""
+        return 1.0, -math.inf, math.inf, 0.0, 0.0
 
     # -- the log --
 
@@ -336,6 +356,8 @@ def descend(optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
             parameter.grad.masked_fill_(useless, 0.0)
     optimizer.step()
 
+
+FastSAC.written_by = FastSAC
 
 # What inspect shows of the constructor: SAC's arguments in their order, and "compile" by keyword.
 FastSAC.__init__.__signature__ = (lambda base, own: base.replace(parameters=[*base.parameters.values(), own]))(  # type: ignore[attr-defined]

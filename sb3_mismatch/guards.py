@@ -18,7 +18,6 @@ from stable_baselines3.common.type_aliases import RolloutReturn
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_mismatch.buffers import RealTransitions
-from sb3_mismatch.objectives import Payment
 from sb3_mismatch.observations import Observations
 from sb3_mismatch.settings import LARGEST
 from sb3_mismatch.world import World
@@ -140,15 +139,15 @@ class Guarded(OffPolicyAlgorithm):
         self._gradients.dropped += dropped
 
     @th.no_grad()
-    def _watch_critics(self, data: RealTransitions, payment: Payment) -> None:
+    def _watch_critics(self, data: RealTransitions) -> None:
         """Log the largest value at real states over what rewards and discount allow; say so when it has diverged."""
         few = data.batch.observations[:: max(len(data) // 256, 1)]
         values = self._value(few).abs().max()  # type: ignore[attr-defined]
         # A deterministic policy has no entropy.
         with_log_prob = getattr(self.actor, "action_log_prob", lambda observations: (None, values.new_zeros(1)))
-        log_prob = with_log_prob(self._policy_observations(few))[1]  # type: ignore[attr-defined]
+        log_prob = with_log_prob(self._seen(few))[1]  # type: ignore[attr-defined]
         entropy = (self._ent_coef() * log_prob).abs().max()  # type: ignore[attr-defined]
-        normalize = self._normalization()  # type: ignore[attr-defined]
+        normalize, payment = self._normalization(), self._payment()  # type: ignore[attr-defined]
         rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
         paid = payment.real(rewards).abs().max()
         if payment.row.uses_classifier:

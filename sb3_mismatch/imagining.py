@@ -1,5 +1,6 @@
 """The agent in its learned world: what it does there, what it is paid, and what it is worth."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import is_vectorized_observation
 
+from sb3_mismatch.compiled import Ahead, Starts
 from sb3_mismatch.buffers import latest_episodes, real_transitions
 from sb3_mismatch.imagination import (
     Act,
@@ -23,6 +25,7 @@ from sb3_mismatch.imagination import (
     visited,
 )
 from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_offset
+from sb3_mismatch.lookahead import Path, look_ahead
 from sb3_mismatch.observations import Normalization, Observations, TensorObservations
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.settings import WEIGHTS, check_count
@@ -40,6 +43,12 @@ class Imagining(OffPolicyAlgorithm):
     _world_log: dict[str, float]
     _streams: RandomStreams
     _fitted_at: int | None
+    real_ratio: float
+    n_elites: int
+    #: Steps that the update itself looks ahead; none under algorithms that know nothing of it.
+    expansion: int = 0
+    _unit: float | None = None
+    _starts_each: int = 0
 
     # -- for people --
 
@@ -171,6 +180,7 @@ class Imagining(OffPolicyAlgorithm):
         scaled = self.policy.scale_action(given).astype(np.float32)
         return th.as_tensor(scaled.reshape(horizon, n, -1), device=self.device)
 
+    @th.no_grad()
     def _told(self, trajectories: Trajectories) -> Imagined:
         """Trajectories with all that there is to say of them."""
         alive, (horizon, n) = trajectories.alive, trajectories.rewards.shape[:2]
@@ -189,7 +199,7 @@ class Imagining(OffPolicyAlgorithm):
             rewards=array(trajectories.rewards),
             terminated=array(trajectories.dones) > 0,
             alive=array(alive) > 0,
-            log_ratio=array(self._log_ratio(trajectories)),
+            log_ratio=array(self._log_ratio(*trajectories[:3])),
             disagreement=array(disagreement),
             member_observations=ways.transpose(0, 1).cpu().numpy(),
             member_rewards=member_rewards.transpose(0, 1).squeeze(-1).cpu().numpy(),
@@ -207,20 +217,20 @@ class Imagining(OffPolicyAlgorithm):
         """What the objective pays today, in the units that the critics see."""
         row = self._row
         if not row.takes_log:
-            return Payment(row, self.gamma)
+            return Payment(row, self.gamma, unit=self._unit or 1.0)
         assert self.replay_buffer is not None
         lowest = float(self.replay_buffer.rewards[: self.replay_buffer.size()].min())
         offset = positive_offset(str(self.objective), lowest, self.reward_shift, self.reward_floor)
         normalize = self._normalization()
         scale = 1.0 if normalize is None else normalize.reward_std
-        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale)
+        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale, self._unit or 1.0)
 
     def _normalization(self) -> Normalization | None:
         """VecNormalize's statistics as they stand now."""
         env = self._vec_normalize_env
         return None if env is None else Normalization.of(env, self.world.observations, self.device)
 
-    def _policy_observations(self, flat: th.Tensor) -> TensorObservations:
+    def _seen(self, flat: th.Tensor) -> TensorObservations:
         """Raw flat observations (n, dim) as the policy takes them: normalised, in the space's shape."""
         normalize = self._normalization()
         return self.world.observations.unflatten(flat if normalize is None else normalize.observation(flat))
@@ -230,12 +240,12 @@ class Imagining(OffPolicyAlgorithm):
         if self.use_sde:
             # One noise matrix a row: a batch of another size would share a single one.
             self.actor.reset_noise(len(flat))  # type: ignore[operator]
-        actions: th.Tensor = self.actor(self._policy_observations(flat))
+        actions: th.Tensor = self.actor(self._seen(flat))
         return actions
 
     def _mode(self, flat: th.Tensor) -> th.Tensor:
         """The mode of the current policy, scaled, at raw flat observations."""
-        actions: th.Tensor = self.actor(self._policy_observations(flat), deterministic=True)
+        actions: th.Tensor = self.actor(self._seen(flat), deterministic=True)
         return actions
 
     def _imagined_from(self, starts: th.Tensor, horizon: int, act: Act | None = None) -> Trajectories:
@@ -250,24 +260,78 @@ class Imagining(OffPolicyAlgorithm):
             for name, matrix in kept.items():
                 setattr(distribution, name, matrix)
 
-    @th.no_grad()
-    def _log_ratio(self, trajectories: Trajectories) -> th.Tensor:
-        """Today's classifier's log p/q of each step, (horizon, n, 1); zero where the objective has no classifier."""
+    def _log_ratio(
+        self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor
+    ) -> th.Tensor:
+        """Today's classifier's log p/q of each transition, (..., 1); zero where the objective has no classifier."""
         if not self._row.uses_classifier:
-            return th.zeros_like(trajectories.rewards)
-        return self.world.classifier.log_ratio(*trajectories[:3])
+            return th.zeros_like(actions[..., :1])
+        return self.world.classifier.log_ratio(observations, actions, next_observations)
+
+    def _n_starts(self, batch_size: int) -> int:
+        """The imagined share of a minibatch."""
+        return 0 if len(self.world.imagined) == 0 else batch_size - round(self.real_ratio * batch_size)
+
+    def _path_from(self, n: int) -> Path:
+        """The current policy's next ``expansion`` steps from ``n`` imagined states, each elite taking as many."""
+        world, normalize, payment = self.world, self._normalization(), self._payment()
+
+        def act(flat: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+            actions, log_prob = self.actor.action_log_prob(self._seen(flat))
+            return actions, log_prob.reshape(-1, 1)
+
+        def earned(
+            observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, learned: th.Tensor
+        ) -> tuple[th.Tensor, th.Tensor]:
+            transitions = (observations, actions, next_observations)
+            rewards = world.outcomes.rewards(*transitions, learned)
+            rewards = rewards if normalize is None else normalize.reward(rewards)
+            paid = payment.imagined(rewards, self._log_ratio(*transitions), th.ones_like(rewards))
+            return paid, world.outcomes.continuation(*transitions)
+
+        with self._streams.active():
+            states = world.imagined.sample(-(-n // self.n_elites) * self.n_elites).observations
+            if self.use_sde:
+                self.actor.reset_noise(len(states))  # type: ignore[operator]
+            return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion)
+
+    def _ahead(self) -> Ahead | None:
+        return Ahead(self.expansion, self._row, self.gamma) if self._starts_each > 0 else None
+
+    def _looked_into(self) -> tuple[th.nn.Module, ...]:
+        return () if self._starts_each == 0 else (self.world.dynamics, self.world.classifier)
+
+    def _starts(self, n: int, drawn: bool = True) -> Starts:
+        """What the compiled form takes in place of :meth:`_path_from`, drawn in the same order."""
+        world, normalize = self.world, self._normalization()
+        n, dim = -(-n // self.n_elites) * self.n_elites, world.observations.dim
+        noise = th.zeros(self.expansion + 1, n, self.actor.mu.out_features, device=self.device)
+        world_noise = th.zeros(self.expansion, self.n_elites, n // self.n_elites, dim + 1, device=self.device)
+        states = th.zeros(n, dim, device=self.device)
+        if drawn:
+            with self._streams.active():
+                states = world.imagined.sample(n).observations
+                noise[0].normal_()
+                for t in range(self.expansion):
+                    world_noise[t].normal_()
+                    noise[t + 1].normal_()
+        column = th.zeros(dim, device=self.device)
+        scale = normalize or Normalization(column, column + 1, column + math.inf, 1.0, math.inf)
+        rewards = th.tensor([scale.reward_std, scale.clip_reward], device=self.device)
+        return Starts(states, noise, world_noise, scale.mean, scale.std, scale.clip, *rewards)
 
     def _value(self, flat: th.Tensor) -> th.Tensor:
         """V at raw flat observations, (n, 1), differentiable in them."""
-        value: th.Tensor = self._soft_value(self._policy_observations(flat), self._ent_coef())  # type: ignore[attr-defined]
+        value: th.Tensor = self._soft_value(self._seen(flat), self._ent_coef())  # type: ignore[attr-defined]
         return value
 
-    def _estimate_bound(self, payment: Payment) -> None:
+    @th.no_grad()
+    def _estimate_bound(self) -> None:
         """Under a log objective: the bound by imagination beside the log of the real return, over equal horizons."""
         if not self._row.takes_log:
             return
         assert self.replay_buffer is not None
-        normalize = self._normalization()
+        payment, normalize = self._payment(), self._normalization()
         episodes = latest_episodes(self.replay_buffer, self.world.observations, most=20)
         if len(episodes.steps) == 0:
             return
@@ -275,7 +339,7 @@ class Imagining(OffPolicyAlgorithm):
         starts = starts[th.randint(len(starts), (100,), device=self.device)]
         trajectories = self._imagined_from(starts, min(int(episodes.steps.max()), discounting_horizon(self.gamma)))
         rewards = trajectories.rewards if normalize is None else normalize.reward(trajectories.rewards)
-        paid = payment.imagined(rewards, self._log_ratio(trajectories), trajectories.alive)
+        paid = payment.imagined(rewards, self._log_ratio(*trajectories[:3]), trajectories.alive)
         self._world_log["objective/lower_bound"] = lower_bound(trajectories, paid, self.gamma).mean.item()
         self._world_log["objective/log_return"] = payment.log_return(
             episodes.rewards / (1.0 if normalize is None else normalize.reward_std), episodes.steps

@@ -5,19 +5,20 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 
 from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, real_transitions
-from sb3_mismatch.fast_sac import FastSAC
+from sb3_mismatch.expansion import Expanding
 from sb3_mismatch.figures import show_world
 from sb3_mismatch.fitting import Terms, fit_classifier, fit_dynamics
 from sb3_mismatch.guards import Guarded
 from sb3_mismatch.imagination import horizon_at, n_step_rows
 from sb3_mismatch.imagining import Imagining
-from sb3_mismatch.objectives import Objective, Payment
+from sb3_mismatch.objectives import Objective
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.saving import SavedWithWorld
 from sb3_mismatch.settings import check_replay_buffer_class, check_rows, check_settings, joined_signature
@@ -180,15 +181,15 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         :raises ValueError: when data, a fit or the update is not finite, or a reward has no logarithm
         """
         self.policy.set_training_mode(False)
-        payment = self._payment()
         with self._streams.active():
             if self._world_is_due():
                 data = self._real_transitions()
+                self._set_unit(data)
                 self._fit_dynamics(data)
                 self._fit_classifier(data)
                 self._imagine(data)
-                self._estimate_bound(payment)
-                self._watch_critics(data, payment)
+                self._estimate_bound()
+                self._watch_critics(data)
                 self._fitted_at = self.num_timesteps
                 self._n_fits += 1
                 if self.figures_every and self._n_fits % self.figures_every == 0:
@@ -196,7 +197,10 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             elif self._fitted_at is not None and len(self.world.imagined) == 0 and self._n_rows > 0:
                 # A loaded world is fitted and has imagined nothing yet.
                 self._imagine(self._real_transitions())
-        with self._serving(payment, gradient_steps):
+            elif self.expansion > 0 and self._unit is None and self._n_rows > 0:
+                # Critics that have learned in one unit would err in another.
+                self._set_unit(self._real_transitions())
+        with self._serving(gradient_steps):
             super().train(gradient_steps, batch_size)
         for name, value in self._world_log.items():
             self.logger.record(name, value)
@@ -220,6 +224,13 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     def _real_transitions(self) -> RealTransitions:
         assert self.replay_buffer is not None
         return real_transitions(self.replay_buffer, self.world.observations, self.device, self._vec_normalize_env)
+
+    def _set_unit(self, data: RealTransitions) -> None:
+        """Let the critics' unit follow what real transitions are paid."""
+        if self.expansion > 0:
+            normalize = self._normalization()
+            rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
+            self._scale_to(replace(self._payment(), unit=1.0).real(rewards))
 
     def _fit_dynamics(self, data: RealTransitions) -> None:
         """Minimise the objective's loss for the dynamics."""
@@ -245,6 +256,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             log = fit_classifier(world.classifier, world.classifier_optimizer, data, sample_next, world.fit_settings)
         self._world_log.update(log)
 
+    @th.no_grad()
     def _imagine(self, data: RealTransitions) -> None:
         """Branch trajectories from real states and keep their n-step transitions."""
         horizon = horizon_at(self.horizon, self.num_timesteps)
@@ -254,7 +266,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         with self._timed("imagination/seconds"):
             index = th.randint(len(data), (n_starts,), device=self.device)
             trajectories = self._imagined_from(data.batch.observations[index], horizon)
-            self.world.imagined.replace(n_step_rows(trajectories, self._log_ratio(trajectories), n_steps))
+            self.world.imagined.replace(n_step_rows(trajectories, self._log_ratio(*trajectories[:3]), n_steps))
         rows = trajectories.rows()
         self._world_log.update(
             {
@@ -267,12 +279,14 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         )
 
     @contextmanager
-    def _serving(self, payment: Payment, gradient_steps: int) -> Iterator[None]:
+    def _serving(self, gradient_steps: int) -> Iterator[None]:
         """While it lasts, minibatches are mixed; the real replay buffer comes back whatever happens."""
         real, world = self.replay_buffer, self.world
         assert real is not None
+        # Who expands has its share of imagined states already.
+        real_ratio = 1.0 if self.expansion > 0 else self.real_ratio
         self.replay_buffer = MixedReplayBuffer(
-            real, world.imagined, self.real_ratio, gradient_steps, payment, self._streams, world.observations
+            real, world.imagined, real_ratio, gradient_steps, self._payment(), self._streams, world.observations
         )
         try:
             yield
@@ -286,16 +300,25 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self._world_log[name] = time.perf_counter() - start
 
 
-class MnM(ModelBased, FastSAC):
+class MnM(ModelBased, Expanding):
     """
     Mismatched no more: SAC with a learned world, policy and dynamics trained on one objective.
 
     Takes the place of :class:`stable_baselines3.SAC`: the same arguments first and in order, those of
-    :class:`ModelBased` by keyword behind them.
+    :class:`ModelBased` and these by keyword behind them.
+
+    :param expansion: steps that critics and actor look ahead in the learned world, at each gradient step anew, from
+        imagined states; 0: minibatches of imagined transitions instead, in SAC's own update
 
     Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
     Model-Based RL", NeurIPS 2022.
     """
+
+    def __init__(self, *args: Any, expansion: int = 5, _init_setup_model: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, _init_setup_model=False, **kwargs)
+        self.expansion = expansion
+        if _init_setup_model:
+            self._setup_model()
 
 
 class VMBPO(MnM):

@@ -150,12 +150,14 @@ class Payment:
     :param gamma: discount
     :param offset: added to rewards before their logarithm, in the units that the critics see
     :param lowest: the lowest reward that has a logarithm, shifted, in the same units
+    :param unit: what is paid is divided by it
     """
 
     row: Objective
     gamma: float
     offset: float = 0.0
     lowest: float = 0.0
+    unit: float = 1.0
 
     def real(self, rewards: th.Tensor) -> th.Tensor:
         """r̃ of real rows, which need no correction: (n, 1)."""
@@ -177,7 +179,7 @@ class Payment:
         if self.row.takes_log:
             # Learned rewards may fall below every real one.
             rewards = (rewards + self.offset).clamp(min=self.lowest)
-        return self.row.reward(rewards, log_ratio, self.gamma)
+        return self.row.reward(rewards, log_ratio, self.gamma) / self.unit
 
     def log_return(self, rewards: np.ndarray, steps: np.ndarray) -> float:
         """

@@ -1,0 +1,137 @@
+"""SAC whose critics and actor look ahead in a learned world."""
+
+import math
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_mismatch.compiled import Rows, Starts
+from sb3_mismatch.fast_sac import FastSAC, Losses, descend
+from sb3_mismatch.lookahead import Path, expanded_value
+
+#: Where ``ent_coef="auto"`` starts: from SAC's 1.0 it takes Adam some 7,000 gradient steps to come down here.
+FIRST_ENT_COEF = 0.1
+
+
+class Expanding(FastSAC):
+    """
+    FastSAC that looks ``expansion`` steps ahead from imagined states, beside the real rows of each minibatch: what the
+    critics learn there, and what the actor climbs, is J (:func:`~sb3_mismatch.lookahead.expanded_value`).
+
+    Subclasses say how: :meth:`_path_from`. Without imagined states, and at ``expansion=0``, the update is FastSAC's.
+    """
+
+    expansion: int
+    #: What the critics call one, in the units of what is paid, and the lowest and highest value that there can be.
+    _unit: float | None = None
+    _lowest_value: float = -math.inf
+    _highest_value: float = math.inf
+    #: Imagined states in a minibatch.
+    _starts_each: int = 0
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if self.expansion > 0 and self.ent_coef == "auto":
+            assert self.log_ent_coef is not None
+            self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF))
+
+    def _n_starts(self, batch_size: int) -> int:
+        """How many rows of a minibatch are imagined states."""
+        raise NotImplementedError
+
+    def _path_from(self, n: int) -> Path:
+        """The current policy's next ``expansion`` steps from ``n`` imagined states, or some more."""
+        raise NotImplementedError
+
+    def _scale_to(self, paid: th.Tensor) -> None:
+        """
+        Choose the critics' unit so that values lie about [-1, 1], and bound what they learn.
+
+        Adam moves an output by about its learning rate a step: from zero up to a return of hundreds is a long way.
+
+        :param paid: r̃ of real transitions, (n, 1)
+        """
+        longest = 1 / max(1 - self.gamma, 1e-3)
+        # An end is worth nothing.
+        self._lowest_value = min(paid.min().item() * longest, 0.0)
+        self._highest_value = max(paid.max().item() * longest, 0.0)
+        unit = max(paid.abs().quantile(0.99).item() * longest, 1.0)
+        self._unit = unit if self._unit is None else self._unit + 0.1 * (unit - self._unit)
+
+    def _ent_coef(self) -> th.Tensor:
+        """The temperature α in the critics' unit."""
+        return super()._ent_coef() / (self._unit or 1.0)
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """FastSAC's, a share of whose minibatches are imagined states."""
+        self._starts_each = self._n_starts(batch_size) if self.expansion > 0 else 0
+        super().train(gradient_steps, batch_size - self._starts_each)
+
+    def _update(self, batch: ReplayBufferSamples) -> Losses:
+        if self._starts_each == 0:
+            return super()._update(batch)
+        path = self._path_from(self._starts_each)
+        log_prob = path.log_prob[0]
+        ent_coef = self._ent_coef()
+        ent_coef_loss = None
+        if self.ent_coef_optimizer is not None:
+            ent_coef_loss = self._ent_coef_loss(log_prob)
+            descend(self.ent_coef_optimizer, ent_coef_loss)
+
+        n_real, n = len(batch.rewards), len(log_prob)
+        first = batch._replace(observations=self._seen(path.states[0]), actions=path.actions[0].detach())
+        critic_loss = self._critic_loss(first, self._expanded_targets(path, ent_coef))
+        if n_real > 0:
+            real = self._critic_loss(batch, self._critic_targets(batch, ent_coef))
+            critic_loss = (n * critic_loss + n_real * real) / (n + n_real)
+        descend(self.critic.optimizer, critic_loss)
+
+        actor_loss = -self._expanded_value(path, self.critic, ent_coef).mean()
+        descend(self.actor.optimizer, actor_loss)
+        return Losses(super()._ent_coef(), ent_coef_loss, critic_loss.detach(), actor_loss.detach())
+
+    @th.no_grad()
+    def _expanded_targets(self, path: Path, ent_coef: th.Tensor) -> th.Tensor:
+        """J + α log π(a_0|s_0) by the target critics: what Q(s_0, a_0) is to be. Shape (n, 1)."""
+        assert self._unit is not None
+        targets = self._expanded_value(path, self.critic_target, ent_coef) + ent_coef * path.log_prob[0]
+        return targets.clamp(self._lowest_value / self._unit, self._highest_value / self._unit)
+
+    def _expanded_value(self, path: Path, critic: Any, ent_coef: th.Tensor) -> th.Tensor:
+        """J, with V(s_h) = min_i Q_i(s_h, a_h) - α log π(a_h|s_h): (n, 1)."""
+        q_values = th.cat(critic(self._seen(path.states[-1]), path.actions[-1]), dim=1)
+        last = q_values.min(dim=1, keepdim=True).values - ent_coef * path.log_prob[-1]
+        return expanded_value(path, last, ent_coef, self.gamma)
+
+    def _seen(self, flat: th.Tensor) -> Any:
+        """Raw flat states as the policy takes them."""
+        raise NotImplementedError
+
+    # -- the compiled form --
+
+    def _starts(self, n: int, drawn: bool = True) -> Starts:
+        """``n`` imagined states, or some more, and the draws of :meth:`_path_from`; zeros where nothing is drawn."""
+        raise NotImplementedError
+
+    def _asks_to_compile(self) -> bool:
+        # For the few steps before there is a world, nothing is compiled.
+        return super()._asks_to_compile() and (self.expansion == 0 or self._starts_each > 0)
+
+    def _rows(self, batch: ReplayBufferSamples) -> Rows:
+        rows = super()._rows(batch)
+        return rows if self._starts_each == 0 else rows._replace(starts=self._starts(self._starts_each))
+
+    def _empty_rows(self, n: int) -> Rows:
+        rows = super()._empty_rows(n)
+        if self._starts_each == 0:
+            return rows
+        return rows._replace(noise=rows.noise[1:], starts=self._starts(self._starts_each, drawn=False))
+
+    def _bounds(self) -> tuple[float, ...]:
+        unit = self._unit or 1.0
+        payment = self._payment()
+        return unit, self._lowest_value / unit, self._highest_value / unit, payment.offset, payment.lowest
+
+
+Expanding.written_by = Expanding
