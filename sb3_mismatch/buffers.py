@@ -90,6 +90,14 @@ def real_transitions(
     return RealTransitions(ReplayBufferSamples(*tensors), th.as_tensor(position[keep], device=device))
 
 
+def random_states(buffer: ReplayBuffer, observations: FlatObservations, n: int, device: th.device) -> th.Tensor:
+    """``n`` observations of a replay buffer drawn uniformly with replacement: raw flat rows on the device."""
+    rows, envs = np.random.randint(buffer.size(), size=n), np.random.randint(buffer.n_envs, size=n)
+    stored = buffer.observations
+    chosen = {k: part[rows, envs] for k, part in stored.items()} if isinstance(stored, dict) else stored[rows, envs]
+    return th.as_tensor(observations.flatten(chosen, n), device=device)
+
+
 class ImaginedBuffer:
     """What was imagined last, on the device: as long as it is here, today's classifier is the one that judged it."""
 
@@ -107,6 +115,12 @@ class ImaginedBuffer:
     def replace(self, rows: ImaginedRows) -> None:
         """Take these rows in place of those before."""
         self._rows = rows
+
+    def renew(self, rows: ImaginedRows) -> None:
+        """Take these rows in place of as many of the oldest."""
+        assert self._rows is not None
+        n = len(rows.rewards)
+        self._rows = ImaginedRows(*(th.cat([old[n:], new]) for old, new in zip(self._rows, rows, strict=True)))
 
     def sample(self, n: int) -> ImaginedRows:
         """``n`` rows drawn uniformly with replacement."""

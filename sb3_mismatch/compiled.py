@@ -332,10 +332,10 @@ def update_ahead(
         return paid, 1 - dynamics.end_probability(transition[2])
 
     def path(weights: Weights) -> Path:
-        noise, world_noise = iter(starts.noise), iter(starts.world_noise)
+        noise = iter(starts.noise)
         return look_ahead(
             lambda states: act(spec, weights, seen(states), next(noise)),
-            lambda states, actions: dynamics.rsample_parts(states, actions, next(world_noise)),
+            lambda states, actions, t: dynamics.rsample_parts(states, actions, t, starts.world_noise[t]),
             earned,
             starts.states,
             ahead.steps,

@@ -230,16 +230,17 @@ class Dynamics(nn.Module):
         return self.decode(observations, mean + (0.5 * log_var).exp() * noise)
 
     def rsample_parts(
-        self, observations: th.Tensor, actions: th.Tensor, noise: th.Tensor | None = None
+        self, observations: th.Tensor, actions: th.Tensor, turn: int, noise: th.Tensor | None = None
     ) -> tuple[th.Tensor, th.Tensor]:
         """
-        Next states (n, obs_dim) and rewards (n, 1) by reparameterisation, the k-th part of the rows from the k-th elite.
+        Next states (n, obs_dim) and rewards (n, 1) by reparameterisation, each elite taking a part of the rows in turn.
 
         :param observations: (n, obs_dim), a multiple of ``n_elites`` rows
+        :param turn: the k-th part goes to elite k - turn
         :param noise: as for :meth:`rsample`
         """
         parts = (x.view(self.n_elites, -1, x.shape[1]) for x in (observations, actions))
-        next_observations, rewards = self.rsample(*parts, self.elites, noise)
+        next_observations, rewards = self.rsample(*parts, self.elites.roll(turn), noise)
         return next_observations.flatten(0, 1), rewards.flatten(0, 1)
 
     @th.no_grad()

@@ -23,6 +23,8 @@ class Expanding(FastSAC):
     """
 
     expansion: int
+    #: Whether it looks ahead at all.
+    _expands: bool
     #: What the critics call one, in the units of what is paid, and the lowest and highest value that there can be.
     _unit: float | None = None
     _lowest_value: float = -math.inf
@@ -32,7 +34,7 @@ class Expanding(FastSAC):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if self.expansion > 0 and self.ent_coef == "auto":
+        if self._expands and self.ent_coef == "auto":
             assert self.log_ent_coef is not None
             self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF))
 
@@ -65,7 +67,7 @@ class Expanding(FastSAC):
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """FastSAC's, a share of whose minibatches are imagined states."""
-        self._starts_each = self._n_starts(batch_size) if self.expansion > 0 else 0
+        self._starts_each = self._n_starts(batch_size) if self._expands else 0
         super().train(gradient_steps, batch_size - self._starts_each)
 
     def _update(self, batch: ReplayBufferSamples) -> Losses:
@@ -116,7 +118,7 @@ class Expanding(FastSAC):
 
     def _asks_to_compile(self) -> bool:
         # For the few steps before there is a world, nothing is compiled.
-        return super()._asks_to_compile() and (self.expansion == 0 or self._starts_each > 0)
+        return super()._asks_to_compile() and (not self._expands or self._starts_each > 0)
 
     def _rows(self, batch: ReplayBufferSamples) -> Rows:
         rows = super()._rows(batch)

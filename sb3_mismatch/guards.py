@@ -24,6 +24,8 @@ from sb3_mismatch.world import World
 
 #: Values so many times beyond what rewards and discount allow have diverged.
 DIVERGED = 5.0
+#: A policy is judged by the mean return of so many episodes.
+EPISODES = 10
 
 
 class Guarded(OffPolicyAlgorithm):
@@ -32,6 +34,8 @@ class Guarded(OffPolicyAlgorithm):
     world: World
     ent_coef_optimizer: th.optim.Adam | None = None
     _gradients: "GradientGuard"
+    _first_return: float | None = None
+    _best_return: float = -math.inf
     _world_log: dict[str, float]
 
     # The compiled update, which runs no hooks of optimizers, drops what the guard would.
@@ -137,6 +141,25 @@ class Guarded(OffPolicyAlgorithm):
 
     def _count_dropped(self, dropped: th.Tensor) -> None:
         self._gradients.dropped += dropped
+
+    def _watch_returns(self) -> None:
+        """Log how much of what the agent once gained over its first episodes it still earns; tell of a collapse."""
+        latest = [episode["r"] for episode in self.ep_info_buffer or ()][-EPISODES:]
+        if len(latest) < EPISODES:
+            return
+        mean = float(np.mean(latest))
+        if self._first_return is None:
+            self._first_return = self._best_return = mean
+        self._best_return = max(self._best_return, mean)
+        gained = self._best_return - self._first_return
+        kept = (mean - self._first_return) / gained if gained > 0 else 1.0
+        # Told where it begins; what was gained by chance is no loss.
+        if kept < 0.5 <= self._world_log.get("train/kept", 1.0) and gained > 3 * np.std(latest) and self.verbose >= 1:
+            print(
+                f"The policy has collapsed: the last {EPISODES} episodes earn {mean:.1f}, where {self._best_return:.1f} "
+                "was reached; load an earlier checkpoint, and lower learning_rate or gradient_steps or raise real_ratio"
+            )
+        self._world_log["train/kept"] = kept
 
     @th.no_grad()
     def _watch_critics(self, data: RealTransitions) -> None:

@@ -32,6 +32,10 @@ from sb3_mismatch.settings import WEIGHTS, check_count
 from sb3_mismatch.world import World
 from sb3_mismatch.world_env import FORMS, ImaginedEpisodes
 
+#: Under ``real_ratio="auto"``: up to so large a share of what happens that the dynamics leave unexplained, the share of
+#: real rows; beyond, all are real. There are few, since the compiled update is made for each.
+REAL_SHARES = ((0.25, 0.1), (0.75, 0.5))
+
 
 class Imagining(OffPolicyAlgorithm):
     """Lets the policy of an actor-critic act in ``world``, under its objective."""
@@ -43,7 +47,8 @@ class Imagining(OffPolicyAlgorithm):
     _world_log: dict[str, float]
     _streams: RandomStreams
     _fitted_at: int | None
-    real_ratio: float
+    _unexplained: float
+    real_ratio: float | str
     n_elites: int
     #: Steps that the update itself looks ahead; none under algorithms that know nothing of it.
     expansion: int = 0
@@ -213,6 +218,18 @@ class Imagining(OffPolicyAlgorithm):
         row = OBJECTIVES[self.objective] if isinstance(self.objective, str) else self.objective
         return replace(row, **{name: getattr(self, name) for name in WEIGHTS if getattr(self, name) is not None})
 
+    @property
+    def _expands(self) -> bool:
+        """Whether the update itself looks ahead."""
+        return self.expansion > 0 and self.real_ratio != 1
+
+    @property
+    def _real_share(self) -> float:
+        """The share of real rows in a minibatch."""
+        if not isinstance(self.real_ratio, str):
+            return self.real_ratio
+        return next((share for most, share in REAL_SHARES if self._unexplained <= most), 1.0)
+
     def _payment(self) -> Payment:
         """What the objective pays today, in the units that the critics see."""
         row = self._row
@@ -270,7 +287,7 @@ class Imagining(OffPolicyAlgorithm):
 
     def _n_starts(self, batch_size: int) -> int:
         """The imagined share of a minibatch."""
-        return 0 if len(self.world.imagined) == 0 else batch_size - round(self.real_ratio * batch_size)
+        return 0 if len(self.world.imagined) == 0 else batch_size - round(self._real_share * batch_size)
 
     def _path_from(self, n: int) -> Path:
         """The current policy's next ``expansion`` steps from ``n`` imagined states, each elite taking as many."""
@@ -331,7 +348,7 @@ class Imagining(OffPolicyAlgorithm):
         if not self._row.takes_log:
             return
         assert self.replay_buffer is not None
-        payment, normalize = self._payment(), self._normalization()
+        payment, normalize = replace(self._payment(), unit=1.0), self._normalization()
         episodes = latest_episodes(self.replay_buffer, self.world.observations, most=20)
         if len(episodes.steps) == 0:
             return

@@ -33,7 +33,7 @@ class Path(NamedTuple):
 
 def look_ahead(
     act: Callable[[th.Tensor], tuple[th.Tensor, th.Tensor]],
-    draw: Callable[[th.Tensor, th.Tensor], tuple[th.Tensor, th.Tensor]],
+    draw: Callable[[th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor]],
     earned: Callable[[th.Tensor, th.Tensor, th.Tensor, th.Tensor], tuple[th.Tensor, th.Tensor]],
     states: th.Tensor,
     steps: int,
@@ -42,14 +42,14 @@ def look_ahead(
     A path from ``states``, (n, obs_dim).
 
     :param act: states -> actions and their log-probabilities, (n, 1)
-    :param draw: states, actions -> next states and learned rewards, drawn
+    :param draw: states, actions, t -> next states and learned rewards, drawn
     :param earned: states, actions, next states, learned rewards of all steps -> r̃ and the probability to go on
     """
     visited, learned = [states], []
     actions, log_prob = act(states)
     acted, log_probs = [actions], [log_prob]
-    for _ in range(steps):
-        states, rewards = draw(states, actions)
+    for t in range(steps):
+        states, rewards = draw(states, actions, t)
         actions, log_prob = act(states)
         visited.append(states)
         learned.append(rewards)

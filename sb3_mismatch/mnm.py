@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch as th
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 
-from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, real_transitions
+from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, random_states, real_transitions
 from sb3_mismatch.expansion import Expanding
 from sb3_mismatch.figures import show_world
 from sb3_mismatch.fitting import Terms, fit_classifier, fit_dynamics
@@ -42,13 +42,17 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
 
     :param objective: a row of :data:`~sb3_mismatch.objectives.OBJECTIVES` by name, or an
         :class:`~sb3_mismatch.objectives.Objective`
-    :param real_ratio: share of real rows in a minibatch, rounded to whole rows (MBPO: 0.05); 1 is the base algorithm
+    :param real_ratio: share of real rows in a minibatch, rounded to whole rows (MBPO: 0.05); 1 is the base algorithm.
+        "auto": 0.1 where the dynamics explain most of what happens on held-out rows, more where they explain less;
+        where the world cannot be learned, 1
     :param horizon: imagined steps per trajectory: a number, or a schedule over environment steps
         ``[first_step, last_step, first_horizon, last_horizon]``
     :param imagined_n_steps: imagined rows hold n-step returns of so many steps, at most the horizon: values travel
         faster than by single steps, and the actions are those of the policy at the last fit (MBPO: 1). As in SB3's
         n-step buffer, the entropy of the steps between is not paid.
     :param model_train_freq: environment steps between two fits of the world (MBPO: 250)
+    :param imagine_freq: environment steps between two refreshments of what is imagined, each of so many steps' rows,
+        the oldest giving way (DHMBPO: 20); ``None``: at fits alone
     :param imagined_per_step: imagined rows per environment step (MBPO: 400); those of one fit last until the next
     :param n_members: networks in the ensemble (MBPO: 7)
     :param n_elites: how many of them imagine (MBPO: 5)
@@ -75,10 +79,11 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self,
         *args: Any,
         objective: str | Objective = "mnm-approx",
-        real_ratio: float = 0.1,
+        real_ratio: float | str = "auto",
         horizon: int | Sequence[int] = 5,
         imagined_n_steps: int = 5,
         model_train_freq: int = 250,
+        imagine_freq: int | None = None,
         imagined_per_step: int = 50,
         n_members: int = 5,
         n_elites: int = 3,
@@ -104,6 +109,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.horizon = horizon
         self.imagined_n_steps = imagined_n_steps
         self.model_train_freq = model_train_freq
+        self.imagine_freq = imagine_freq
         self.imagined_per_step = imagined_per_step
         self.n_members = n_members
         self.n_elites = n_elites
@@ -119,7 +125,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.fit_kwargs = fit_kwargs
         self.figures_every = figures_every
         self._fitted_at: int | None = None
+        self._imagined_at = 0
         self._n_fits = 0
+        self._unexplained = 1.0
         self._world_log: dict[str, float] = {}
         if _init_setup_model:
             self._setup_model()
@@ -187,17 +195,20 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
                 self._set_unit(data)
                 self._fit_dynamics(data)
                 self._fit_classifier(data)
-                self._imagine(data)
+                self._imagine()
                 self._estimate_bound()
                 self._watch_critics(data)
+                self._watch_returns()
                 self._fitted_at = self.num_timesteps
                 self._n_fits += 1
                 if self.figures_every and self._n_fits % self.figures_every == 0:
                     show_world(self, data)
             elif self._fitted_at is not None and len(self.world.imagined) == 0 and self._n_rows > 0:
                 # A loaded world is fitted and has imagined nothing yet.
-                self._imagine(self._real_transitions())
-            elif self.expansion > 0 and self._unit is None and self._n_rows > 0:
+                self._imagine()
+            elif self._imagination_is_due():
+                self._imagine(renews=True)
+            elif self._expands and self._unit is None and self._n_rows > 0:
                 # Critics that have learned in one unit would err in another.
                 self._set_unit(self._real_transitions())
         with self._serving(gradient_steps):
@@ -221,13 +232,18 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         since = math.inf if self._fitted_at is None else self.num_timesteps - self._fitted_at
         return since < 0 or since >= self.model_train_freq
 
+    def _imagination_is_due(self) -> bool:
+        if self.imagine_freq is None or self._fitted_at is None:
+            return False
+        return self.num_timesteps - self._imagined_at >= self.imagine_freq
+
     def _real_transitions(self) -> RealTransitions:
         assert self.replay_buffer is not None
         return real_transitions(self.replay_buffer, self.world.observations, self.device, self._vec_normalize_env)
 
     def _set_unit(self, data: RealTransitions) -> None:
         """Let the critics' unit follow what real transitions are paid."""
-        if self.expansion > 0:
+        if self._expands:
             normalize = self._normalization()
             rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
             self._scale_to(replace(self._payment(), unit=1.0).real(rewards))
@@ -242,6 +258,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         with self._timed("dynamics/seconds"):
             log = fit_dynamics(world.dynamics, world.dynamics_optimizer, data, loss, world.fit_settings)
         self._world_log.update(log)
+        self._unexplained = max(log["dynamics/state_error"], log["dynamics/reward_error"])
 
     def _fit_classifier(self, data: RealTransitions) -> None:
         """Tell real from imagined next states at the same states and actions."""
@@ -257,24 +274,29 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self._world_log.update(log)
 
     @th.no_grad()
-    def _imagine(self, data: RealTransitions) -> None:
-        """Branch trajectories from real states and keep their n-step transitions."""
+    def _imagine(self, renews: bool = False) -> None:
+        """Branch trajectories from real states and keep their n-step transitions, in place of those before or of some."""
+        self._imagined_at = self.num_timesteps
         horizon = horizon_at(self.horizon, self.num_timesteps)
-        n_steps = min(self.imagined_n_steps, horizon)
+        # Who looks ahead by himself asks for states alone.
+        n_steps = 1 if self._expands else min(self.imagined_n_steps, horizon)
         # As many rows at any horizon.
-        n_starts = max(self.imagined_per_step * self.model_train_freq // (horizon - n_steps + 1), 1)
+        n_env_steps = self.imagine_freq if renews else self.model_train_freq
+        n_starts = max(self.imagined_per_step * n_env_steps // (horizon - n_steps + 1), 1)
         with self._timed("imagination/seconds"):
-            index = th.randint(len(data), (n_starts,), device=self.device)
-            trajectories = self._imagined_from(data.batch.observations[index], horizon)
-            self.world.imagined.replace(n_step_rows(trajectories, self._log_ratio(*trajectories[:3]), n_steps))
-        rows = trajectories.rows()
+            assert self.replay_buffer is not None
+            starts = random_states(self.replay_buffer, self.world.observations, n_starts, self.device)
+            trajectories = self._imagined_from(starts, horizon)
+            rows = n_step_rows(trajectories, self._log_ratio(*trajectories[:3]), n_steps)
+            (self.world.imagined.renew if renews else self.world.imagined.replace)(rows)
+        met = trajectories.rows()
         self._world_log.update(
             {
                 "imagination/horizon": horizon,
                 "imagination/rows": len(self.world.imagined),
-                "imagination/finished": rows.dones.mean().item(),
-                "imagination/reward": rows.rewards.mean().item(),
-                "imagination/real_ratio": self.real_ratio,
+                "imagination/finished": met.dones.mean().item(),
+                "imagination/reward": met.rewards.mean().item(),
+                "imagination/real_ratio": self._real_share,
             }
         )
 
@@ -284,9 +306,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         real, world = self.replay_buffer, self.world
         assert real is not None
         # Who expands has its share of imagined states already.
-        real_ratio = 1.0 if self.expansion > 0 else self.real_ratio
+        real_share = 1.0 if self._expands else self._real_share
         self.replay_buffer = MixedReplayBuffer(
-            real, world.imagined, real_ratio, gradient_steps, self._payment(), self._streams, world.observations
+            real, world.imagined, real_share, gradient_steps, self._payment(), self._streams, world.observations
         )
         try:
             yield
@@ -314,8 +336,20 @@ class MnM(ModelBased, Expanding):
     Model-Based RL", NeurIPS 2022.
     """
 
-    def __init__(self, *args: Any, expansion: int = 5, _init_setup_model: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, _init_setup_model=False, **kwargs)
+    base_defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        *args: Any,
+        expansion: int = 5,
+        horizon: int | Sequence[int] = 20,
+        imagine_freq: int | None = 20,
+        imagined_per_step: int = 200,
+        _init_setup_model: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        own = {"horizon": horizon, "imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
+        super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
         if _init_setup_model:
             self._setup_model()
@@ -331,12 +365,20 @@ class VMBPO(MnM):
 class MBPO(MnM):
     """Model-based policy optimization (Janner et al., 2019): likelihood, the task's reward, single imagined steps."""
 
+    base_defaults: ClassVar[dict[str, Any]] = ModelBased.base_defaults
+
     def __init__(
         self,
         *args: Any,
         objective: str | Objective = "mbpo",
+        expansion: int = 0,
+        real_ratio: float | str = 0.1,
         horizon: int | Sequence[int] = 1,
         imagined_n_steps: int = 1,
+        imagine_freq: int | None = None,
+        imagined_per_step: int = 50,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, objective=objective, horizon=horizon, imagined_n_steps=imagined_n_steps, **kwargs)
+        own = {"expansion": expansion, "real_ratio": real_ratio, "horizon": horizon, "imagined_n_steps": imagined_n_steps}
+        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
+        super().__init__(*args, objective=objective, **own, **kwargs)

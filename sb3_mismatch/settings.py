@@ -46,9 +46,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             "use gamma below 1, or objective='mnm-approx'"
         )
     for name in ("gamma", "tau", "real_ratio"):
+        if name == "real_ratio" and settings[name] == "auto":
+            continue
         check_number(name, settings[name], 0, 1)
+    if settings.get("expansion", 0) != 0:
+        check_count("expansion", settings["expansion"], "0 for none, or ")
     for name in COUNTS:
         check_count(name, settings[name])
+    if settings["imagine_freq"] is not None:
+        check_count("imagine_freq", settings["imagine_freq"], "None, or ")
     if settings["figures_every"] != 0:
         check_count("figures_every", settings["figures_every"], "0 for none, or ")
     if settings["n_elites"] > settings["n_members"]:

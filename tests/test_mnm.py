@@ -164,7 +164,7 @@ def test_an_objective_of_ones_own(monkeypatch):
         fitted.append(gamma)
         return terms.nll
 
-    trained(steps=70, objective=Objective(reward, model_loss, uses_classifier=False), real_ratio=0.5)
+    trained(steps=70, objective=Objective(reward, model_loss, uses_classifier=False), real_ratio=0.5, expansion=0)
     assert len(fitted) >= 5
     assert set(fitted) == {0.99}
     assert paid[-1].shape == (8, 1)
@@ -198,7 +198,7 @@ def test_functions_for_reward_and_end_take_the_place_of_learned_ones(monkeypatch
 @pytest.mark.parametrize(
     ("function", "told"),
     [
-        (lambda s, a, t: a.flatten()[:3], r"must return a tensor of shape \(200,\).*returned a tensor of shape \(3,\)"),
+        (lambda s, a, t: a.flatten()[:3], r"must return a tensor of shape \(10,\).*returned a tensor of shape \(3,\)"),
         (lambda s, a, t: 1.0, "must return a tensor .* returned float"),
         (lambda s, a, t: a[:, 0] / 0, "returned NaN or infinity"),
     ],
@@ -515,7 +515,7 @@ def test_logs_read_back(objective, keys, format_, tmp_path, monkeypatch):
     if objective == "mbpo":
         assert not any(name.startswith(("classifier/", "objective/")) for name in logged)
     assert logged["rollout/ep_len_mean"] == 20
-    assert logged["imagination/horizon"] == 5
+    assert logged["imagination/horizon"] == 20
     assert logged["imagination/rows"] == 200
 
 

@@ -123,7 +123,7 @@ def test_c6_worlds_learn_single_steps_beside_n_steps():
     batch = model._real_transitions().batch
     assert_same(batch.next_observations, batch.observations + 1)
     assert_same(batch.rewards.numpy(), model.replay_buffer.rewards[:70])
-    with model._serving(model._payment(), 1):
+    with model._serving(1):
         discounts = model.replay_buffer.sample(10).discounts
     assert discounts.shape == (10, 1)
     assert_same(discounts[5:], th.full((5, 1), 0.9**2))
@@ -143,7 +143,7 @@ class Latest(ReplayBuffer):
 def test_c7_real_rows_are_drawn_by_a_buffer_of_the_users():
     model = trained(Counter(), 70, replay_buffer_class=Latest, real_ratio=0.5)
     assert Latest.asked > 0
-    with model._serving(model._payment(), 1):
+    with model._serving(1):
         served = model.replay_buffer.sample(10)
     assert_same(served.observations[:5].numpy(), model.replay_buffer.observations[65:70, 0])
 

@@ -66,7 +66,7 @@ def test_b3_observations_of_any_shape(shape):
 
 def served_minibatch(model, n):
     """What the base algorithm is given in the round."""
-    with model._serving(model._payment(), 1):
+    with model._serving(1):
         return model.replay_buffer.sample(n, env=model._vec_normalize_env)
 
 

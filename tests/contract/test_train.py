@@ -94,9 +94,10 @@ def test_e5_rewards_without_logarithm_are_told_and_the_policy_kept():
     assert all_finite(model)
 
 
-def test_e6_the_base_algorithm_is_fed_and_not_copied(monkeypatch):
-    """What it asks for is a minibatch for each gradient step, and nothing else."""
-    model, asked = trained(BoxEnv(), 60, real_ratio=0.5), []
+@pytest.mark.parametrize(("expansion", "rows"), [(0, 8), (5, 4)])
+def test_e6_the_base_algorithm_is_fed_and_not_copied(expansion, rows, monkeypatch):
+    """What it asks for is a minibatch for each gradient step, and nothing else; who looks ahead takes half himself."""
+    model, asked = trained(BoxEnv(), 60, real_ratio=0.5, expansion=expansion), []
     sample = MixedReplayBuffer.sample
 
     def watched(self, *args, **kwargs):
@@ -105,4 +106,4 @@ def test_e6_the_base_algorithm_is_fed_and_not_copied(monkeypatch):
 
     monkeypatch.setattr(MixedReplayBuffer, "sample", watched)
     model.train(gradient_steps=3, batch_size=8)
-    assert asked == [((8,), {"env": None})] * 3
+    assert asked == [((rows,), {"env": None})] * 3

@@ -42,7 +42,7 @@ def normalized(**settings):
 
 
 def served(model):
-    with model._serving(model._payment(), 1):
+    with model._serving(1):
         return model.replay_buffer.sample(N, env=model._vec_normalize_env)
 
 
@@ -74,7 +74,7 @@ def test_f2_both_clips_hold_and_statistics_are_todays():
     env.obs_rms.mean[:] = row.observations[0].numpy()
     assert_close(served(model).observations, th.zeros(N, 3), atol=1e-4, rtol=0)
     # Imagining too, the actor sees what the environment's rollout would show it.
-    assert_close(model._policy_observations(row.observations), th.zeros(1, 3), atol=1e-4, rtol=0)
+    assert_close(model._seen(row.observations), th.zeros(1, 3), atol=1e-4, rtol=0)
 
 
 def test_f3_the_log_ratio_is_added_behind_reward_normalisation():
@@ -142,7 +142,7 @@ def test_f3_rewards_below_zero_have_logarithms_in_normalised_units():
     env = VecNormalize(environments(2, Large))
     model = trained(env, 120, objective="mnm", reward_shift="auto")
     assert model._fitted_at is not None
-    with model._serving(model._payment(), 1):
+    with model._serving(1):
         rewards = model.replay_buffer.sample(50, env=env).rewards
     assert rewards.isfinite().all()
     assert {"objective/lower_bound", "objective/log_return"} <= set(model._world_log)
