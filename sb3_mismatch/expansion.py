@@ -9,6 +9,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mismatch.compiled import Rows, Starts
 from sb3_mismatch.fast_sac import FastSAC, Losses, descend
 from sb3_mismatch.lookahead import Path, expanded_value
+from sb3_mismatch.terminations import TransitionFunction
+from sb3_mismatch.world import World
 
 #: Where ``ent_coef="auto"`` starts: from SAC's 1.0 it takes Adam some 7,000 gradient steps to come down here.
 FIRST_ENT_COEF = 0.1
@@ -23,6 +25,9 @@ class Expanding(FastSAC):
     """
 
     expansion: int
+    world: World
+    termination_fn: TransitionFunction | None
+    reward_fn: TransitionFunction | None
     #: Whether it looks ahead at all.
     _expands: bool
     #: What the critics call one, in the units of what is paid, and the lowest and highest value that there can be.
@@ -69,6 +74,11 @@ class Expanding(FastSAC):
         """FastSAC's, a share of whose minibatches are imagined states."""
         self._starts_each = self._n_starts(batch_size) if self._expands else 0
         super().train(gradient_steps, batch_size - self._starts_each)
+        if self._starts_each > 0:
+            # The actor keeps its last distribution, and with it the path and its gradients.
+            with th.no_grad():
+                assert self.world.imagined.rows is not None
+                self.actor(self._seen(self.world.imagined.rows.observations[:1]), deterministic=True)
 
     def _update(self, batch: ReplayBufferSamples) -> Losses:
         if self._starts_each == 0:
@@ -119,6 +129,11 @@ class Expanding(FastSAC):
     def _asks_to_compile(self) -> bool:
         # For the few steps before there is a world, nothing is compiled.
         return super()._asks_to_compile() and (not self._expands or self._starts_each > 0)
+
+    def _uncovered(self) -> str | None:
+        if self._starts_each > 0 and (self.termination_fn or self.reward_fn):
+            return "termination_fn and reward_fn are the user's functions"
+        return super()._uncovered()
 
     def _rows(self, batch: ReplayBufferSamples) -> Rows:
         rows = super()._rows(batch)

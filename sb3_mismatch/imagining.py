@@ -12,8 +12,8 @@ from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import is_vectorized_observation
 
+from sb3_mismatch.buffers import MixedReplayBuffer, latest_episodes, real_transitions
 from sb3_mismatch.compiled import Ahead, Starts
-from sb3_mismatch.buffers import latest_episodes, real_transitions
 from sb3_mismatch.imagination import (
     Act,
     Imagined,
@@ -232,6 +232,8 @@ class Imagining(OffPolicyAlgorithm):
 
     def _payment(self) -> Payment:
         """What the objective pays today, in the units that the critics see."""
+        if isinstance(self.replay_buffer, MixedReplayBuffer):
+            return self.replay_buffer.payment
         row = self._row
         if not row.takes_log:
             return Payment(row, self.gamma, unit=self._unit or 1.0)

@@ -1,0 +1,239 @@
+"""Looking ahead: J against sums by hand, its gradient against analysis, and the update that climbs it."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from agents import BoxEnv, all_finite, assert_same, environments, policy_contents, sac_settings, small, soon, trained, weights
+from stable_baselines3 import SAC
+from test_compiled import assert_close_agents, trained_both_ways, uncompiled  # noqa: F401
+from torch.testing import assert_close
+
+from sb3_mismatch import MBPO, MnM
+from sb3_mismatch.expansion import FIRST_ENT_COEF
+from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
+
+GAMMA, ALPHA = 0.9, th.tensor(0.5)
+
+
+def path(rewards, log_prob, continuation):
+    """One start; states and actions do not matter."""
+
+    def column(values):
+        return th.tensor(values).view(-1, 1, 1)
+
+    nothing = th.zeros(len(log_prob), 1, 1)
+    return Path(nothing, nothing, column(log_prob), column(rewards), column(continuation))
+
+
+# -- J --
+
+
+def test_the_value_is_the_sum_by_hand():
+    """r̃ - α log π = 2, 1 and V = 10, the first step survived in four of five cases: 2 + 0.9 0.8 (1 + 0.9 10)."""
+    steps = path([1.0, 2.0], [-2.0, 2.0, 7.0], [0.8, 1.0])
+    assert_close(expanded_value(steps, th.tensor([[10.0]]), ALPHA, GAMMA), th.tensor([[2 + 0.9 * 0.8 * (1 + 9.0)]]))
+
+
+def test_nothing_is_earned_behind_a_certain_end():
+    steps = path([1.0, 100.0], [0.0, 0.0, 0.0], [0.0, 1.0])
+    assert_close(expanded_value(steps, th.tensor([[1e6]]), ALPHA, GAMMA), th.tensor([[1.0]]))
+
+
+def test_no_steps_ahead_are_the_critics_value():
+    assert_close(expanded_value(path([], [3.0], []), th.tensor([[4.0]]), ALPHA, GAMMA), th.tensor([[4.0]]))
+
+
+def test_paths_follow_the_policy_and_the_dynamics():
+    """a = k s, s' = s + a, r = s a, never over: all states by hand, and dJ/dk by finite differences."""
+
+    def value(k):
+        steps = look_ahead(
+            act=lambda s: (k * s, th.zeros_like(s)),
+            draw=lambda s, a, t: (s + a, s * a + t),
+            earned=lambda s, a, next_s, rewards: (rewards, th.ones_like(rewards)),
+            states=th.tensor([[1.0], [2.0]], dtype=th.double),
+            steps=3,
+        )
+        return steps, expanded_value(steps, steps.states[-1], ALPHA, GAMMA)
+
+    steps, _ = value(th.tensor(0.5, dtype=th.double))
+    assert_close(steps.states[:, :, 0], th.tensor([[1, 2], [1.5, 3], [2.25, 4.5], [3.375, 6.75]], dtype=th.double))
+    # The dynamics know which step it is.
+    assert_close(steps.rewards[:, 0, 0], th.tensor([0.5, 1.5**2 / 2 + 1, 2.25**2 / 2 + 2], dtype=th.double))
+    k = th.tensor(0.5, dtype=th.double, requires_grad=True)
+    assert th.autograd.gradcheck(lambda k: value(k)[1], k)
+
+
+# -- the update --
+
+
+@pytest.fixture
+def model(monkeypatch):
+    soon(monkeypatch)
+    return trained(BoxEnv(terminates=True), 100, objective="mbpo", real_ratio=0.5, learning_starts=20)
+
+
+def test_critics_learn_bounded_values_in_their_unit(model):
+    """Rewards in [-1.5, 0]: no value is above 0, and the unit is the largest that there can be, or nearly."""
+    rewards = model.replay_buffer.rewards[: model._fitted_at]
+    assert model._highest_value == 0
+    assert model._lowest_value == pytest.approx(rewards.min() / (1 - model.gamma), rel=1e-4)
+    assert 0.2 < model._unit / -model._lowest_value <= 1
+    model._starts_each = 8
+    paths = model._path_from(8)
+    assert paths.rewards.abs().max() < 2 / model._unit
+    with th.no_grad():
+        for parameter in model.critic_target.parameters():
+            parameter.fill_(3.0)
+    targets = model._expanded_targets(paths, model._ent_coef())
+    assert (targets <= 0).all()
+    assert (targets >= model._lowest_value / model._unit).all()
+
+
+def test_the_unit_changes_slowly(model):
+    before, paid = model._unit, th.full((10, 1), -100.0)
+    model._scale_to(paid)
+    assert model._unit == pytest.approx(before + 0.1 * (100 / (1 - model.gamma) - before))
+
+
+def test_the_actors_gradient_flows_through_the_learned_world(model):
+    """Each step's reward depends on the actions before: without critics there is a gradient left."""
+    model._starts_each = 8
+    steps = model._path_from(8)
+    (gradient,) = th.autograd.grad(steps.rewards[-1].sum(), model.actor.mu.weight)
+    assert gradient.abs().max() > 0
+
+
+def test_temperature_starts_low_unless_it_is_given():
+    def first(**settings):
+        return MnM("MlpPolicy", BoxEnv(), **small(**settings)).log_ent_coef.exp().item()
+
+    assert first() == pytest.approx(FIRST_ENT_COEF)
+    assert first(ent_coef="auto_0.7") == pytest.approx(0.7)
+    assert first(expansion=0) == first(real_ratio=1.0) == 1.0
+
+
+@pytest.mark.parametrize("settings", [{"expansion": 5, "real_ratio": 1.0}, {"expansion": 0, "real_ratio": 1.0}])
+def test_real_rows_alone_are_sacs(settings, monkeypatch):
+    soon(monkeypatch)
+    reference = SAC("MlpPolicy", environments(1), **sac_settings()).learn(130)
+    ours = MnM("MlpPolicy", environments(1), **small(**settings)).learn(130)
+    assert_same(policy_contents(ours), policy_contents(reference))
+
+
+def test_rows_and_expansion_of_the_same_seed_differ(monkeypatch):
+    soon(monkeypatch)
+    a, b = (trained(BoxEnv(), 100, MBPO, expansion=expansion, real_ratio=0.5) for expansion in (0, 2))
+    assert not th.equal(weights(a), weights(b))
+
+
+@pytest.mark.parametrize("objective", ["mbpo", "mnm-approx", "mnm"])
+@pytest.mark.parametrize("real_ratio", [0.0, 0.5])
+def test_compiled_is_plain(objective, real_ratio, uncompiled, monkeypatch):  # noqa: F811
+    soon(monkeypatch)
+    env = environments(2, BoxEnv, normalize=True)
+    model = trained(env, 160, objective=objective, real_ratio=real_ratio, reward_shift="auto", compile=False)
+    assert_close_agents(*trained_both_ways(model))
+
+
+@pytest.mark.parametrize("name", ["termination_fn", "reward_fn"])
+def test_the_users_functions_are_asked_on_the_way(name, monkeypatch):
+    soon(monkeypatch)
+    asked = []
+
+    def function(observations, actions, next_observations):
+        asked.append(len(actions))
+        return -next_observations.square().sum(dim=1) if name == "reward_fn" else next_observations[:, 0] > 1
+
+    model = trained(BoxEnv(), 70, real_ratio=0.5, expansion=3, **{name: function})
+    # 8 starts of a minibatch of 16, three steps each.
+    assert asked[-1] == 24
+    assert all_finite(model)
+    assert "function" in model._uncovered()
+
+
+# -- what is imagined, and how much of it is used --
+
+
+def test_what_is_imagined_is_renewed_between_fits(monkeypatch):
+    soon(monkeypatch)
+    model = trained(BoxEnv(), 100, imagine_freq=20, horizon=4, real_ratio=0.5)
+    before = model.world.imagined.rows.observations.clone()
+    assert model._fitted_at < 100
+    model.learn(25, reset_num_timesteps=False)
+    after = model.world.imagined.rows.observations
+    # Two rows a step and twenty steps, of the two hundred rows of a hundred steps.
+    assert len(after) == len(before) == 200
+    assert_same(after[:160], before[40:])
+
+
+@pytest.mark.parametrize(("unexplained", "share"), [(0.01, 0.1), (0.25, 0.1), (0.3, 0.5), (0.8, 1.0), (3.0, 1.0)])
+def test_real_rows_follow_what_is_not_explained(unexplained, share):
+    model = MnM("MlpPolicy", BoxEnv(), **small())
+    model._unexplained = unexplained
+    assert model._real_share == share
+    model.real_ratio = 0.2
+    assert model._real_share == 0.2
+
+
+class Noise(BoxEnv):
+    """Nothing of what happens can be foreseen."""
+
+    def step(self, action):
+        _, _, *rest = super().step(action)
+        self.point = self.np_random.normal(size=3)
+        return self._observe(self.observation_space), float(self.np_random.normal()), *rest
+
+
+def test_where_nothing_can_be_learned_real_rows_alone_are_left(monkeypatch):
+    soon(monkeypatch)
+    model = trained(Noise(), 120)
+    assert model._unexplained > 0.75
+    assert model._world_log["imagination/real_ratio"] == 1.0
+    assert model._starts_each == 0
+
+
+# -- a collapse --
+
+
+def test_a_collapse_is_told_once(capsys):
+    model = MnM("MlpPolicy", BoxEnv(), **small(verbose=1))
+    model._setup_learn(10)
+    for mean in (10.0, 100.0, 30.0, 20.0, 100.0):
+        model.ep_info_buffer.extend({"r": mean + noise, "l": 1, "t": 0} for noise in np.linspace(-5, 5, 10))
+        model._watch_returns()
+    told = [line for line in capsys.readouterr().out.splitlines() if "collapsed" in line]
+    assert told == [
+        "The policy has collapsed: the last 10 episodes earn 30.0, where 100.0 was reached; load an earlier checkpoint, "
+        "and lower learning_rate or gradient_steps or raise real_ratio"
+    ]
+    assert model._world_log["train/kept"] == 1.0
+
+
+def test_few_episodes_and_chance_are_no_collapse(capsys):
+    model = MnM("MlpPolicy", BoxEnv(), **small(verbose=1))
+    model._setup_learn(10)
+    model.ep_info_buffer.extend({"r": r, "l": 1, "t": 0} for r in range(9))
+    model._watch_returns()
+    assert "train/kept" not in model._world_log
+    for mean in (10.0, 11.0, 10.0):
+        model.ep_info_buffer.extend({"r": mean + noise, "l": 1, "t": 0} for noise in np.linspace(-5, 5, 10))
+        model._watch_returns()
+    assert "collapsed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("expansion", [-1, 0.5, True, "five"])
+def test_a_bad_expansion_is_told(expansion):
+    with pytest.raises(ValueError, match=r"^expansion=.* must be 0 for none, or a whole number of at least 1"):
+        MnM("MlpPolicy", BoxEnv(), **small(expansion=expansion))
+
+
+def test_a_saved_agent_keeps_its_unit(model, tmp_path):
+    model.save(tmp_path / "agent")
+    loaded = MnM.load(tmp_path / "agent")
+    assert (loaded._unit, loaded._unexplained) == (model._unit, model._unexplained)
+    assert math.isfinite(loaded._lowest_value)
+    assert copy.deepcopy(loaded)._unit == model._unit
