@@ -23,7 +23,7 @@ from stable_baselines3.sac.policies import Actor
 from stable_baselines3.sac.policies import SACPolicy as Policy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
@@ -126,7 +126,7 @@ class Rows(NamedTuple):
     A minibatch of n rows, single precision.
 
     :param discounts: γ, or γ^k of a k-step return, (n, 1)
-    :param noise: standard normal, of the actions at s and at s', (2, n, action_dim); of those who look ahead at s' alone
+    :param noise: standard normal, of the actions at s and at s', (2, n, action_dim); who looks ahead needs the latter
     :param starts: of those who look ahead
     """
 
@@ -296,16 +296,19 @@ def update(spec: Spec, state: State, rows: Rows, numbers: Numbers) -> tuple[Stat
         lambda weights: act(spec, weights, s, rows.noise[0]), state.actor.weights
     )
     temperature, ent_coef, ent_coef_loss, dropped_0 = temperature_step(spec, state.log_ent_coef, log_prob, numbers)
-    targets = one_step_targets(spec, state, rows, ent_coef)
+    # In the critics' unit.
+    alpha = ent_coef / numbers.unit
+    targets = one_step_targets(spec, state, rows, alpha)
     critic, critic_loss, dropped_1 = critic_step(
         spec, state.critic, lambda weights: squared_error(values(spec, weights, s, rows.actions), targets), numbers
     )
 
     # E[α log π(a|s) - min_i Q_i(s, a)].
-    def loss(actions: th.Tensor, log_prob: th.Tensor) -> th.Tensor:
-        return (ent_coef * log_prob - lowest(values(spec, critic.weights, s, actions))).mean()
+    def climb(actions: th.Tensor, log_prob: th.Tensor) -> th.Tensor:
+        loss: th.Tensor = (alpha * log_prob - lowest(values(spec, critic.weights, s, actions))).mean()
+        return loss
 
-    gradient, actor_loss = th.func.grad_and_value(loss, argnums=(0, 1))(actions, log_prob)
+    gradient, actor_loss = th.func.grad_and_value(climb, argnums=(0, 1))(actions, log_prob)
     actor, dropped_2 = actor_step(spec, state.actor, policy_gradient(gradient)[0], actor_loss, numbers)
 
     after = State(temperature, critic, actor, polyak(state.target, critic.weights, numbers.tau))
@@ -390,7 +393,7 @@ def program(spec: Spec) -> Callable[[State, Rows, th.Tensor, World], th.Tensor]:
     """
 
     def step(state: State, rows: Rows, numbers: th.Tensor, world: World) -> th.Tensor:
-        form = update if spec.ahead is None else update_ahead
+        form: Callable[..., tuple[State, th.Tensor]] = update if spec.ahead is None else update_ahead
         after, log = form(spec, state, rows, Numbers(*numbers.unbind()), *world)
         for old, new in zip(tensors(state), tensors(after), strict=True):
             old.copy_(new)
@@ -452,7 +455,11 @@ class _Graph:
         numbers: th.Tensor,
         world: World,
     ) -> None:
-        self._state, self._rows, self._numbers = tensors(state), tree_map(th.clone, rows), numbers.clone()
+        self._state, self._rows, self._numbers = (
+            tensors(state),
+            tree_map_only(th.Tensor, th.clone, rows),
+            numbers.clone(),
+        )
         before = [x.clone() for x in self._state]
         # Capture wants a few runs on a stream of its own beforehand, which must leave no trace.
         stream = th.cuda.Stream()
@@ -474,7 +481,8 @@ class _Graph:
 
     def __call__(self, rows: Rows, numbers: th.Tensor) -> th.Tensor:
         for place, x in zip(tree_leaves((self._rows, self._numbers)), tree_leaves((rows, numbers)), strict=True):
-            place.copy_(x)
+            if x is not None:
+                place.copy_(x)
         self._graph.replay()
         return self._log.clone()
 
@@ -487,7 +495,7 @@ def _copied(part: Any) -> Any:
 
 
 def _key(rows: Rows) -> tuple[Any, ...]:
-    return (*(tuple(x.shape) for x in tree_leaves(rows)), th.get_num_threads())
+    return (*(tuple(x.shape) for x in tree_leaves(rows) if x is not None), th.get_num_threads())
 
 
 # -- from SB3's agent to the program and back --

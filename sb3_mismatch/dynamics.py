@@ -239,8 +239,8 @@ class Dynamics(nn.Module):
         :param turn: the k-th part goes to elite k - turn
         :param noise: as for :meth:`rsample`
         """
-        parts = (x.view(self.n_elites, -1, x.shape[1]) for x in (observations, actions))
-        next_observations, rewards = self.rsample(*parts, self.elites.roll(turn), noise)
+        states, acts = (x.view(self.n_elites, -1, x.shape[1]) for x in (observations, actions))
+        next_observations, rewards = self.rsample(states, acts, self.elites.roll(turn), noise)
         return next_observations.flatten(0, 1), rewards.flatten(0, 1)
 
     @th.no_grad()

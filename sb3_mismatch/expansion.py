@@ -26,10 +26,9 @@ class Expanding(FastSAC):
 
     expansion: int
     world: World
+    _fitted_at: int | None
     termination_fn: TransitionFunction | None
     reward_fn: TransitionFunction | None
-    #: Whether it looks ahead at all.
-    _expands: bool
     #: What the critics call one, in the units of what is paid, and the lowest and highest value that there can be.
     _unit: float | None = None
     _lowest_value: float = -math.inf
@@ -42,6 +41,11 @@ class Expanding(FastSAC):
         if self._expands and self.ent_coef == "auto":
             assert self.log_ent_coef is not None
             self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF))
+
+    @property
+    def _expands(self) -> bool:
+        """Whether it looks ahead at all."""
+        raise NotImplementedError
 
     def _n_starts(self, batch_size: int) -> int:
         """How many rows of a minibatch are imagined states."""
@@ -76,13 +80,18 @@ class Expanding(FastSAC):
         super().train(gradient_steps, batch_size - self._starts_each)
         if self._starts_each > 0:
             # The actor keeps its last distribution, and with it the path and its gradients.
+            self.policy.set_training_mode(False)
             with th.no_grad():
                 assert self.world.imagined.rows is not None
                 self.actor(self._seen(self.world.imagined.rows.observations[:1]), deterministic=True)
 
     def _update(self, batch: ReplayBufferSamples) -> Losses:
-        if self._starts_each == 0:
-            return super()._update(batch)
+        losses = super()._update(batch) if self._starts_each == 0 else self._update_ahead(batch)
+        # The log tells the temperature in the units of the rewards.
+        return losses._replace(ent_coef=losses.ent_coef * (self._unit or 1.0))
+
+    def _update_ahead(self, batch: ReplayBufferSamples) -> Losses:
+        """FastSAC's, in its order, on the real rows of ``batch`` and on paths from imagined states."""
         path = self._path_from(self._starts_each)
         log_prob = path.log_prob[0]
         ent_coef = self._ent_coef()
@@ -101,7 +110,7 @@ class Expanding(FastSAC):
 
         actor_loss = -self._expanded_value(path, self.critic, ent_coef).mean()
         descend(self.actor.optimizer, actor_loss)
-        return Losses(super()._ent_coef(), ent_coef_loss, critic_loss.detach(), actor_loss.detach())
+        return Losses(ent_coef, ent_coef_loss, critic_loss.detach(), actor_loss.detach())
 
     @th.no_grad()
     def _expanded_targets(self, path: Path, ent_coef: th.Tensor) -> th.Tensor:
@@ -122,13 +131,13 @@ class Expanding(FastSAC):
 
     # -- the compiled form --
 
-    def _starts(self, n: int, drawn: bool = True) -> Starts:
+    def _drawn_starts(self, n: int, drawn: bool = True) -> Starts:
         """``n`` imagined states, or some more, and the draws of :meth:`_path_from`; zeros where nothing is drawn."""
         raise NotImplementedError
 
     def _asks_to_compile(self) -> bool:
         # For the few steps before there is a world, nothing is compiled.
-        return super()._asks_to_compile() and (not self._expands or self._starts_each > 0)
+        return super()._asks_to_compile() and (not self._expands or self._fitted_at is not None)
 
     def _uncovered(self) -> str | None:
         if self._starts_each > 0 and (self.termination_fn or self.reward_fn):
@@ -137,18 +146,13 @@ class Expanding(FastSAC):
 
     def _rows(self, batch: ReplayBufferSamples) -> Rows:
         rows = super()._rows(batch)
-        return rows if self._starts_each == 0 else rows._replace(starts=self._starts(self._starts_each))
+        return rows if self._starts_each == 0 else rows._replace(starts=self._drawn_starts(self._starts_each))
 
     def _empty_rows(self, n: int) -> Rows:
         rows = super()._empty_rows(n)
         if self._starts_each == 0:
             return rows
-        return rows._replace(noise=rows.noise[1:], starts=self._starts(self._starts_each, drawn=False))
-
-    def _bounds(self) -> tuple[float, ...]:
-        unit = self._unit or 1.0
-        payment = self._payment()
-        return unit, self._lowest_value / unit, self._highest_value / unit, payment.offset, payment.lowest
+        return rows._replace(noise=rows.noise[1:], starts=self._drawn_starts(self._starts_each, drawn=False))
 
 
 Expanding.written_by = Expanding

@@ -156,8 +156,9 @@ class Guarded(OffPolicyAlgorithm):
         # Told where it begins; what was gained by chance is no loss.
         if kept < 0.5 <= self._world_log.get("train/kept", 1.0) and gained > 3 * np.std(latest) and self.verbose >= 1:
             print(
-                f"The policy has collapsed: the last {EPISODES} episodes earn {mean:.1f}, where {self._best_return:.1f} "
-                "was reached; load an earlier checkpoint, and lower learning_rate or gradient_steps or raise real_ratio"
+                f"The policy has collapsed: the last {EPISODES} episodes earn {mean:.1f}, where "
+                f"{self._best_return:.1f} was reached; load an earlier checkpoint, and lower learning_rate or "
+                "gradient_steps or raise real_ratio"
             )
         self._world_log["train/kept"] = kept
 

@@ -24,8 +24,8 @@ from sb3_mismatch.imagination import (
     members_ways,
     visited,
 )
-from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_offset
 from sb3_mismatch.lookahead import Path, look_ahead
+from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_offset
 from sb3_mismatch.observations import Normalization, Observations, TensorObservations
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.settings import WEIGHTS, check_count
@@ -53,6 +53,8 @@ class Imagining(OffPolicyAlgorithm):
     #: Steps that the update itself looks ahead; none under algorithms that know nothing of it.
     expansion: int = 0
     _unit: float | None = None
+    _lowest_value: float
+    _highest_value: float
     _starts_each: int = 0
 
     # -- for people --
@@ -279,9 +281,7 @@ class Imagining(OffPolicyAlgorithm):
             for name, matrix in kept.items():
                 setattr(distribution, name, matrix)
 
-    def _log_ratio(
-        self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor
-    ) -> th.Tensor:
+    def _log_ratio(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """Today's classifier's log p/q of each transition, (..., 1); zero where the objective has no classifier."""
         if not self._row.uses_classifier:
             return th.zeros_like(actions[..., :1])
@@ -296,7 +296,7 @@ class Imagining(OffPolicyAlgorithm):
         world, normalize, payment = self.world, self._normalization(), self._payment()
 
         def act(flat: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-            actions, log_prob = self.actor.action_log_prob(self._seen(flat))
+            actions, log_prob = self.actor.action_log_prob(self._seen(flat))  # type: ignore[operator]
             return actions, log_prob.reshape(-1, 1)
 
         def earned(
@@ -320,11 +320,11 @@ class Imagining(OffPolicyAlgorithm):
     def _looked_into(self) -> tuple[th.nn.Module, ...]:
         return () if self._starts_each == 0 else (self.world.dynamics, self.world.classifier)
 
-    def _starts(self, n: int, drawn: bool = True) -> Starts:
+    def _drawn_starts(self, n: int, drawn: bool = True) -> Starts:
         """What the compiled form takes in place of :meth:`_path_from`, drawn in the same order."""
         world, normalize = self.world, self._normalization()
         n, dim = -(-n // self.n_elites) * self.n_elites, world.observations.dim
-        noise = th.zeros(self.expansion + 1, n, self.actor.mu.out_features, device=self.device)
+        noise = th.zeros(self.expansion + 1, n, spaces.flatdim(self.action_space), device=self.device)
         world_noise = th.zeros(self.expansion, self.n_elites, n // self.n_elites, dim + 1, device=self.device)
         states = th.zeros(n, dim, device=self.device)
         if drawn:
@@ -338,6 +338,10 @@ class Imagining(OffPolicyAlgorithm):
         scale = normalize or Normalization(column, column + 1, column + math.inf, 1.0, math.inf)
         rewards = th.tensor([scale.reward_std, scale.clip_reward], device=self.device)
         return Starts(states, noise, world_noise, scale.mean, scale.std, scale.clip, *rewards)
+
+    def _bounds(self) -> tuple[float, ...]:
+        unit, payment = self._unit or 1.0, self._payment()
+        return unit, self._lowest_value / unit, self._highest_value / unit, payment.offset, payment.lowest
 
     def _value(self, flat: th.Tensor) -> th.Tensor:
         """V at raw flat observations, (n, 1), differentiable in them."""

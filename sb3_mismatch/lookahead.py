@@ -3,8 +3,8 @@ The objective that policy and dynamics climb together, over h steps of the learn
 
 J(π, q) = E_q[Σ_{t<h} γ^t (r̃_t - α log π(a_t|s_t)) + γ^h V(s_h)].
 
-Source: model-based value expansion (Feinberg et al., 2018), stochastic value gradients (Heess et al., 2015; Amos et al.,
-2021), DHMBPO (Kubo et al., TMLR 2025), here with the rewards of the objective and with ends that are probabilities.
+Source: model-based value expansion (Feinberg et al., 2018), stochastic value gradients (Heess et al., 2015; Amos et
+al., 2021), DHMBPO (Kubo et al., TMLR 2025), here with the rewards of the objective and ends that are probabilities.
 """
 
 from collections.abc import Callable

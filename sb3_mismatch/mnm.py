@@ -246,7 +246,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         if self._expands:
             normalize = self._normalization()
             rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
-            self._scale_to(replace(self._payment(), unit=1.0).real(rewards))
+            self._scale_to(replace(self._payment(), unit=1.0).real(rewards))  # type: ignore[attr-defined]
 
     def _fit_dynamics(self, data: RealTransitions) -> None:
         """Minimise the objective's loss for the dynamics."""
@@ -275,13 +275,13 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
 
     @th.no_grad()
     def _imagine(self, renews: bool = False) -> None:
-        """Branch trajectories from real states and keep their n-step transitions, in place of those before or of some."""
+        """Branch trajectories from real states; keep their n-step transitions in place of those before, or of some."""
         self._imagined_at = self.num_timesteps
         horizon = horizon_at(self.horizon, self.num_timesteps)
         # Who looks ahead by himself asks for states alone.
         n_steps = 1 if self._expands else min(self.imagined_n_steps, horizon)
         # As many rows at any horizon.
-        n_env_steps = self.imagine_freq if renews else self.model_train_freq
+        n_env_steps = self.imagine_freq if renews and self.imagine_freq else self.model_train_freq
         n_starts = max(self.imagined_per_step * n_env_steps // (horizon - n_steps + 1), 1)
         with self._timed("imagination/seconds"):
             assert self.replay_buffer is not None
@@ -348,7 +348,7 @@ class MnM(ModelBased, Expanding):
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        own = {"horizon": horizon, "imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
+        own: dict[str, Any] = {"horizon": horizon, "imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
         if _init_setup_model:
@@ -379,6 +379,7 @@ class MBPO(MnM):
         imagined_per_step: int = 50,
         **kwargs: Any,
     ) -> None:
-        own = {"expansion": expansion, "real_ratio": real_ratio, "horizon": horizon, "imagined_n_steps": imagined_n_steps}
+        own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
+        own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps}
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
-        super().__init__(*args, objective=objective, **own, **kwargs)
+        super().__init__(*args, **own, **kwargs)

@@ -46,9 +46,7 @@ class Outcomes:
             return self.dynamics.end_probability(next_observations) > 0.5
         return self._ask("termination_fn", self.termination_fn, observations, actions, next_observations) > 0.5
 
-    def continuation(
-        self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor
-    ) -> th.Tensor:
+    def continuation(self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor) -> th.Tensor:
         """Probability that the episode goes on at s', differentiable where it is learned: (n, 1)."""
         if self.termination_fn is None:
             return 1 - self.dynamics.end_probability(next_observations)

@@ -6,7 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch as th
-from agents import BoxEnv, all_finite, assert_same, environments, policy_contents, sac_settings, small, soon, trained, weights
+from agents import (
+    BoxEnv,
+    all_finite,
+    assert_same,
+    environments,
+    policy_contents,
+    sac_settings,
+    small,
+    soon,
+    trained,
+    weights,
+)
 from stable_baselines3 import SAC
 from test_compiled import assert_close_agents, trained_both_ways, uncompiled  # noqa: F401
 from torch.testing import assert_close
@@ -139,6 +150,16 @@ def test_compiled_is_plain(objective, real_ratio, uncompiled, monkeypatch):  # n
     assert_close_agents(*trained_both_ways(model))
 
 
+def test_compiled_is_plain_where_real_rows_alone_are_left(uncompiled, monkeypatch):  # noqa: F811
+    soon(monkeypatch)
+    model = trained(BoxEnv(), 100, compile=False)
+    model._unexplained = 1.0
+    plain, fast = trained_both_ways(model)
+    assert plain._starts_each == fast._starts_each == 0
+    assert plain._unit > 1
+    assert_close_agents(plain, fast)
+
+
 @pytest.mark.parametrize("name", ["termination_fn", "reward_fn"])
 def test_the_users_functions_are_asked_on_the_way(name, monkeypatch):
     soon(monkeypatch)
@@ -207,8 +228,8 @@ def test_a_collapse_is_told_once(capsys):
         model._watch_returns()
     told = [line for line in capsys.readouterr().out.splitlines() if "collapsed" in line]
     assert told == [
-        "The policy has collapsed: the last 10 episodes earn 30.0, where 100.0 was reached; load an earlier checkpoint, "
-        "and lower learning_rate or gradient_steps or raise real_ratio"
+        "The policy has collapsed: the last 10 episodes earn 30.0, where 100.0 was reached; "
+        "load an earlier checkpoint, and lower learning_rate or gradient_steps or raise real_ratio"
     ]
     assert model._world_log["train/kept"] == 1.0
 

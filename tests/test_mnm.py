@@ -39,7 +39,7 @@ def beside_sac(steps, kind=MBPO, n_envs=1, normalize=False, policy="MlpPolicy", 
     worldly = world_settings(real_ratio=1.0, model_train_freq=30 * n_envs, **(world or {}))
     ours = kind(policy, environments(n_envs, normalize=normalize), **sac_settings(**settings), **worldly).learn(steps)
     assert ours.num_timesteps - ours._fitted_at < 30 * n_envs
-    assert len(ours.world.imagined) > 50
+    assert len(ours.world.imagined) > 40
     return reference, ours
 
 

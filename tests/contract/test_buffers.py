@@ -118,7 +118,9 @@ def test_c5_the_horizon_is_no_end():
 
 
 def test_c6_worlds_learn_single_steps_beside_n_steps():
-    model = trained(Counter(), 70, n_steps=3, imagined_n_steps=2, real_ratio=0.5, gamma=0.9, objective="mbpo")
+    model = trained(
+        Counter(), 70, n_steps=3, imagined_n_steps=2, real_ratio=0.5, gamma=0.9, expansion=0, objective="mbpo"
+    )
     assert type(model.replay_buffer) is NStepReplayBuffer
     batch = model._real_transitions().batch
     assert_same(batch.next_observations, batch.observations + 1)
@@ -141,7 +143,7 @@ class Latest(ReplayBuffer):
 
 
 def test_c7_real_rows_are_drawn_by_a_buffer_of_the_users():
-    model = trained(Counter(), 70, replay_buffer_class=Latest, real_ratio=0.5)
+    model = trained(Counter(), 70, replay_buffer_class=Latest, real_ratio=0.5, expansion=0)
     assert Latest.asked > 0
     with model._serving(1):
         served = model.replay_buffer.sample(10)

@@ -34,7 +34,7 @@ class Large(BoxEnv):
 def normalized(**settings):
     """An agent under VecNormalize that serves nothing but one imagined row, and that row."""
     env = VecNormalize(environments(2, Large), **settings.pop("normalize", {}))
-    model = trained(env, 120, **{"real_ratio": 0.0, "objective": "mbpo", **settings})
+    model = trained(env, 120, **{"real_ratio": 0.0, "expansion": 0, "objective": "mbpo", **settings})
     data = model._real_transitions().batch
     row = ImaginedRows(*(column[7:8] for column in data[:5]), log_ratio=th.full((1, 1), 3.0), alive=th.ones(1, 1))
     model.world.imagined.replace(row)
