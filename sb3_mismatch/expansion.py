@@ -55,18 +55,19 @@ class Expanding(FastSAC):
         """The current policy's next ``expansion`` steps from ``n`` imagined states, or some more."""
         raise NotImplementedError
 
-    def _scale_to(self, paid: th.Tensor) -> None:
+    def _scale_to(self, paid: th.Tensor, slack: float = 0.0) -> None:
         """
         Choose the critics' unit so that values lie about [-1, 1], and bound what they learn.
 
         Adam moves an output by about its learning rate a step: from zero up to a return of hundreds is a long way.
 
         :param paid: r̃ of real transitions, (n, 1)
+        :param slack: by how much imagined ones may be paid more or less
         """
         longest = 1 / max(1 - self.gamma, 1e-3)
         # An end is worth nothing.
-        self._lowest_value = min(paid.min().item() * longest, 0.0)
-        self._highest_value = max(paid.max().item() * longest, 0.0)
+        self._lowest_value = min((paid.min().item() - slack) * longest, 0.0)
+        self._highest_value = max((paid.max().item() + slack) * longest, 0.0)
         unit = max(paid.abs().quantile(0.99).item() * longest, 1.0)
         self._unit = unit if self._unit is None else self._unit + 0.1 * (unit - self._unit)
 

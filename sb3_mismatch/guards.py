@@ -166,12 +166,13 @@ class Guarded(OffPolicyAlgorithm):
     def _watch_critics(self, data: RealTransitions) -> None:
         """Log the largest value at real states over what rewards and discount allow; say so when it has diverged."""
         few = data.batch.observations[:: max(len(data) // 256, 1)]
-        values = self._value(few).abs().max()  # type: ignore[attr-defined]
+        payment = self._payment()  # type: ignore[attr-defined]
+        values = self._value(few).abs().max() / payment.unit  # type: ignore[attr-defined]
         # A deterministic policy has no entropy.
         with_log_prob = getattr(self.actor, "action_log_prob", lambda observations: (None, values.new_zeros(1)))
         log_prob = with_log_prob(self._seen(few))[1]  # type: ignore[attr-defined]
         entropy = (self._ent_coef() * log_prob).abs().max()  # type: ignore[attr-defined]
-        normalize, payment = self._normalization(), self._payment()  # type: ignore[attr-defined]
+        normalize = self._normalization()  # type: ignore[attr-defined]
         rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
         paid = payment.real(rewards).abs().max()
         if payment.row.uses_classifier:

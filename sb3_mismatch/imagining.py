@@ -344,9 +344,9 @@ class Imagining(OffPolicyAlgorithm):
         return unit, self._lowest_value / unit, self._highest_value / unit, payment.offset, payment.lowest
 
     def _value(self, flat: th.Tensor) -> th.Tensor:
-        """V at raw flat observations, (n, 1), differentiable in them."""
+        """V at raw flat observations, (n, 1), in the units of r̃, differentiable in them."""
         value: th.Tensor = self._soft_value(self._seen(flat), self._ent_coef())  # type: ignore[attr-defined]
-        return value
+        return (self._unit or 1.0) * value
 
     @th.no_grad()
     def _estimate_bound(self) -> None:

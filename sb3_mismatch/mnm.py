@@ -246,7 +246,11 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         if self._expands:
             normalize = self._normalization()
             rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
-            self._scale_to(replace(self._payment(), unit=1.0).real(rewards))  # type: ignore[attr-defined]
+            paid = replace(self._payment(), unit=1.0).real(rewards)
+            # What is centred adds up to nothing.
+            adds = self._row.uses_classifier and not self._row.centred
+            slack = self._row.log_ratio_weight * self.world.classifier.max_log_ratio if adds else 0.0
+            self._scale_to(paid, slack)  # type: ignore[attr-defined]
 
     def _fit_dynamics(self, data: RealTransitions) -> None:
         """Minimise the objective's loss for the dynamics."""

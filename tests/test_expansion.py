@@ -110,6 +110,20 @@ def test_the_unit_changes_slowly(model):
     assert model._unit == pytest.approx(before + 0.1 * (100 / (1 - model.gamma) - before))
 
 
+def test_values_are_told_in_the_units_of_the_rewards(model):
+    states = th.zeros(4, 3)
+    q_values = th.cat(model.critic_target(states, model.actor(states, deterministic=True)), dim=1)
+    assert_close(model._value(states) / model._unit, q_values.amin(dim=1, keepdim=True), atol=0.3, rtol=0.0)
+
+
+@pytest.mark.parametrize(("objective", "slack"), [("mnm-approx", 0.0), ("vmbpo", 5.0)])
+def test_bounds_leave_room_for_log_ratios_that_add_up(objective, slack, monkeypatch):
+    soon(monkeypatch)
+    model = trained(BoxEnv(), 70, objective=objective, real_ratio=0.5)
+    highest = model.replay_buffer.rewards[: model._fitted_at].max() + slack
+    assert model._highest_value == pytest.approx(max(highest / (1 - model.gamma), 0.0), rel=1e-4)
+
+
 def test_the_actors_gradient_flows_through_the_learned_world(model):
     """Each step's reward depends on the actions before: without critics there is a gradient left."""
     model._starts_each = 8
