@@ -340,7 +340,8 @@ class MnM(ModelBased, Expanding):
     Model-Based RL", NeurIPS 2022.
     """
 
-    base_defaults: ClassVar[dict[str, Any]] = {}
+    # With one update for each step, SAC's own rates learn late.
+    base_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "tau": 0.02}
 
     def __init__(
         self,
