@@ -16,7 +16,7 @@ from sb3_mismatch.benchmarks.evaluation import EvaluationCallback
 ENV = "InvertedPendulum-v5"
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=3_000, help="environment steps of training")
+parser.add_argument("--steps", type=int, default=2_000, help="environment steps of training")
 steps = parser.parse_args().steps
 
 # Train. The constructor and `learn` are those of Stable-Baselines3's SAC.

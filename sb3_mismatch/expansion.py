@@ -66,8 +66,11 @@ class Expanding(FastSAC):
         """
         longest = 1 / max(1 - self.gamma, 1e-3)
         # An end is worth nothing.
-        self._lowest_value = min((paid.min().item() - slack) * longest, 0.0)
-        self._highest_value = max((paid.max().item() + slack) * longest, 0.0)
+        low = min((paid.min().item() - slack) * longest, 0.0)
+        high = max((paid.max().item() + slack) * longest, 0.0)
+        # A whole range beyond on either side for the entropy: where all is as good as can be, a bound that is met would
+        # leave nothing to tell good from better.
+        self._lowest_value, self._highest_value = 2 * low - high, 2 * high - low
         unit = max(paid.abs().quantile(0.99).item() * longest, 1.0)
         self._unit = unit if self._unit is None else self._unit + 0.1 * (unit - self._unit)
 

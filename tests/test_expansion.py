@@ -88,11 +88,12 @@ def model(monkeypatch):
 
 
 def test_critics_learn_bounded_values_in_their_unit(model):
-    """Rewards in [-1.5, 0]: no value is above 0, and the unit is the largest that there can be, or nearly."""
+    """Rewards in [-1.5, 0]: values lie between all of them and none, a whole range beyond; the unit is that range."""
     rewards = model.replay_buffer.rewards[: model._fitted_at]
-    assert model._highest_value == 0
-    assert model._lowest_value == pytest.approx(rewards.min() / (1 - model.gamma), rel=1e-4)
-    assert 0.2 < model._unit / -model._lowest_value <= 1
+    lowest = rewards.min() / (1 - model.gamma)
+    assert model._highest_value == pytest.approx(-lowest, rel=1e-4)
+    assert model._lowest_value == pytest.approx(2 * lowest, rel=1e-4)
+    assert 0.2 < model._unit / -lowest <= 1
     model._starts_each = 8
     paths = model._path_from(8)
     assert paths.rewards.abs().max() < 2 / model._unit
@@ -100,8 +101,7 @@ def test_critics_learn_bounded_values_in_their_unit(model):
         for parameter in model.critic_target.parameters():
             parameter.fill_(3.0)
     targets = model._expanded_targets(paths, model._ent_coef())
-    assert (targets <= 0).all()
-    assert (targets >= model._lowest_value / model._unit).all()
+    assert_close(targets, th.full_like(targets, model._highest_value / model._unit))
 
 
 def test_the_unit_changes_slowly(model):
@@ -120,8 +120,9 @@ def test_values_are_told_in_the_units_of_the_rewards(model):
 def test_bounds_leave_room_for_log_ratios_that_add_up(objective, slack, monkeypatch):
     soon(monkeypatch)
     model = trained(BoxEnv(), 70, objective=objective, real_ratio=0.5)
-    highest = model.replay_buffer.rewards[: model._fitted_at].max() + slack
-    assert model._highest_value == pytest.approx(max(highest / (1 - model.gamma), 0.0), rel=1e-4)
+    rewards = model.replay_buffer.rewards[: model._fitted_at]
+    low, high = min((rewards.min() - slack) * 100, 0), max((rewards.max() + slack) * 100, 0)
+    assert model._highest_value == pytest.approx(2 * high - low, rel=1e-4)
 
 
 def test_the_actors_gradient_flows_through_the_learned_world(model):
