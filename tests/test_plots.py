@@ -366,7 +366,7 @@ def test_returns_of_every_kind_of_file(runs):
     monitored = logs.read_returns(folder / "monitor.csv", window=3)
     np.testing.assert_allclose(monitored[:, 0], 20.0 * np.arange(3, len(lines) + 1))
     np.testing.assert_allclose(monitored[-1, 1], np.mean(returns[-3:]))
-    benchmark = ROOT / "docs/results/pendulums/InvertedPendulum-v5/mnm/seed0.csv"
+    benchmark = ROOT / "docs/results/pendulums/InvertedPendulum-v5/mnm-rows/seed0.csv"
     assert tuple(logs.read_returns(benchmark)[0]) == (250, 107.9)
 
 
