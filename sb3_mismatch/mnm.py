@@ -53,7 +53,8 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param model_train_freq: environment steps between two fits of the world (MBPO: 250)
     :param imagine_freq: environment steps between two refreshments of what is imagined, each of so many steps' rows,
         the oldest giving way (DHMBPO: 20); ``None``: at fits alone
-    :param imagined_per_step: imagined rows per environment step (MBPO: 400); those of one fit last until the next
+    :param imagined_per_step: imagined rows per environment step (MBPO: 400); they last until the next fit, or until
+        renewed
     :param n_members: networks in the ensemble (MBPO: 7)
     :param n_elites: how many of them imagine (MBPO: 5)
     :param log_ratio_weight: weight of the classifier's term in the policy's reward; ``None``: the objective's own
