@@ -189,8 +189,8 @@ def fit_dynamics(
     error: a few hard rows rule it, and by it the best variances are those of the first steps).
 
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
-    :return: for the log, on held-out rows: negative log-likelihood, squared error per head, steps taken, and how many
-        members had exploded (:func:`exploded`) and were rolled back with their optimizer's moments
+    :return: for the log, on held-out rows: negative log-likelihood, squared error per head, the larger share of next
+        states' variance and of rewards' mean square that is left unexplained, steps taken, and how many members had exploded (:func:`exploded`) and were rolled back with their optimizer's moments
     :raises ValueError: when the loss on held-out rows is not finite at any check, the start among them
     """
     train, holdout = split_holdout(data, settings)
@@ -232,10 +232,14 @@ def fit_dynamics(
         error = dynamics.squared_error(held.observations, held.actions, held.next_observations, held.rewards)
         elite_error = error[dynamics.elites].mean(dim=0)
         nll = dynamics.nll(held.observations, held.actions, held.next_observations, held.rewards)
+        # What rewards stray from a constant may be next to nothing beside it: that constant is explained as well.
+        constant = (dynamics.targets.mean[-1] / dynamics.targets.std[-1]).square()
+        unexplained = th.maximum(elite_error[:-1].mean(), elite_error[-1] / (1 + constant))
     return {
         "dynamics/nll": nll[dynamics.elites].mean().item(),
         "dynamics/state_error": elite_error[:-1].mean().item(),
         "dynamics/reward_error": elite_error[-1].item(),
+        "dynamics/unexplained": unexplained.item(),
         "dynamics/end_error": best_end.error.mean().item(),
         "dynamics/fit_steps": steps,
         "dynamics/rolled_back": int(rolled_back.sum()),

@@ -263,7 +263,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         with self._timed("dynamics/seconds"):
             log = fit_dynamics(world.dynamics, world.dynamics_optimizer, data, loss, world.fit_settings)
         self._world_log.update(log)
-        self._unexplained = max(log["dynamics/state_error"], log["dynamics/reward_error"])
+        self._unexplained = log["dynamics/unexplained"]
 
     def _fit_classifier(self, data: RealTransitions) -> None:
         """Tell real from imagined next states at the same states and actions."""

@@ -136,6 +136,18 @@ def test_scales_of_targets_do_not_matter(predicts):
     assert log["dynamics/reward_error"] < 0.02
 
 
+def test_rare_rewards_beside_a_constant_leave_little_unexplained():
+    """A reward of 1 but for a step in fifty, as where a pole falls: what cannot be foreseen is small beside the 1."""
+    th.manual_seed(0)
+    s, a = th.randn(1000, 2), th.randn(1000, 1)
+    rewards = (th.rand(1000, 1) > 0.02).float()
+    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards), lr=1e-2, max_steps=300)
+    assert log["dynamics/reward_error"] > 0.5
+    assert log["dynamics/unexplained"] < 0.05
+    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=1e-2, max_steps=300)
+    assert log["dynamics/unexplained"] > 0.5
+
+
 def test_constant_targets_are_learned_exactly():
     """A reward of 1 at every step, as InvertedPendulum's."""
     data = rows_of(th.randn(200, 2), th.randn(200, 1), th.randn(200, 2), th.ones(200, 1))

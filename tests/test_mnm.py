@@ -466,6 +466,7 @@ WORLD_KEYS = {
     "dynamics/nll",
     "dynamics/state_error",
     "dynamics/reward_error",
+    "dynamics/unexplained",
     "dynamics/end_error",
     "dynamics/fit_steps",
     "dynamics/seconds",
