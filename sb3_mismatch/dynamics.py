@@ -188,7 +188,12 @@ class Dynamics(nn.Module):
         members: th.Tensor | None = None,
     ) -> th.Tensor:
         """-log q(s', r | s, a) of the standardised targets in nats, up to ½ log 2π per dimension: (K, N)."""
-        predicted: Gaussian = self(observations, actions, members)
+        return self.nll_of(self(observations, actions, members), observations, next_observations, rewards)
+
+    def nll_of(
+        self, predicted: Gaussian, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
+    ) -> th.Tensor:
+        """:meth:`nll` under what was predicted already."""
         mean, log_var = predicted
         targets = self.targets.transform(self.raw_targets(observations, next_observations, rewards))
         return 0.5 * ((mean - targets).square() * (-log_var).exp() + log_var).sum(dim=-1)
@@ -225,7 +230,13 @@ class Dynamics(nn.Module):
 
         :param noise: standard normal, (K, N, obs_dim + 1); ``None`` draws it
         """
-        mean, log_var = self(observations, actions, members)
+        return self.rsample_of(self(observations, actions, members), observations, noise)
+
+    def rsample_of(
+        self, predicted: Gaussian, observations: th.Tensor, noise: th.Tensor | None = None
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """:meth:`rsample` from what was predicted already."""
+        mean, log_var = predicted
         noise = th.randn_like(mean) if noise is None else noise
         return self.decode(observations, mean + (0.5 * log_var).exp() * noise)
 

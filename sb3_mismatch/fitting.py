@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
-from sb3_mismatch.dynamics import Dynamics
+from sb3_mismatch.dynamics import Dynamics, Gaussian
 from sb3_mismatch.objectives import Objective
 from sb3_mismatch.settings import check_count, check_number
 
@@ -40,10 +40,16 @@ class Terms:
         self._row, self._dynamics, self._classifier, self._value, self._rows = row, dynamics, classifier, value, rows
 
     @cached_property
+    def _predicted(self) -> Gaussian:
+        """q(s', r | s, a) of all rows."""
+        predicted: Gaussian = self._dynamics(self._rows.observations, self._rows.actions)
+        return predicted
+
+    @cached_property
     def nll(self) -> th.Tensor:
         """-log q(s', r | s, a): (E,)."""
         rows = self._rows
-        nll = self._dynamics.nll(rows.observations, rows.actions, rows.next_observations, rows.rewards)
+        nll = self._dynamics.nll_of(self._predicted, rows.observations, rows.next_observations, rows.rewards)
         return self._row.likelihood_weight * nll.mean(dim=1)
 
     @cached_property
@@ -52,7 +58,8 @@ class Terms:
         n_members, n_rows = self._rows.rewards.shape[:2]
         few = max(n_rows // n_members, 1)
         observations, actions = self._rows.observations[:, :few], self._rows.actions[:, :few]
-        return observations, actions, self._dynamics.rsample(observations, actions)[0]
+        predicted = Gaussian(*(x[:, :few] for x in self._predicted))
+        return observations, actions, self._dynamics.rsample_of(predicted, observations)[0]
 
     @cached_property
     def log_ratio(self) -> th.Tensor:

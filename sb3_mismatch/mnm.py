@@ -341,8 +341,8 @@ class MnM(ModelBased, Expanding):
     Model-Based RL", NeurIPS 2022.
     """
 
-    # With one update for each step, SAC's own rates learn late.
-    base_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "tau": 0.02}
+    # SAC's own, one update for each step among them.
+    base_defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,

@@ -124,11 +124,14 @@ def results():
         "start": {"SB3 SAC": {"seconds": 2.0, "first_step_seconds": 0.1}},
         "memory": {"MnM": 500.0},
         "whole runs": {
-            "env_steps": 250,
-            "seconds": {"sac_run": 80.0, "mnm_run": 40.0},
-            "ratio": 0.5,
-            "outside the update": 0.2,
-            "phases": {"update": 32.0, "other": 8.0},
+            "rows_run": {
+                "env_steps": 250,
+                "gradient_steps": 20,
+                "seconds": {"sac_run": 80.0, "rows_run": 40.0},
+                "ratio": 0.5,
+                "outside the update": 0.2,
+                "phases": {"update": 32.0, "other": 8.0},
+            }
         },
         "growth": {"obs_dim 4": {"ms": 12.0, "phases": {"update": 9.0}}},
     }
@@ -137,16 +140,16 @@ def results():
 def test_page():
     page = report(results(), "python -m sb3_mismatch.benchmarks speed")
     assert "| FastSAC, compiled | 8.0 | 16.0 | 0.50 | 0.60 | 50% | 300 |" in page
-    assert "| Dynamics | 20.0 | 40.0 |  |  | 50% | 300 |" in page
+    assert "| Dynamics, layer_norm=False | 20.0 | 40.0 |  |  | 50% | 300 |" in page
     assert "Not measured: SBX SAC (JAX)." in page
-    assert "MnM 40 s, SB3's SAC 80 s, ratio 0.50; 20% of MnM's seconds lie outside the update." in page
+    assert "gradient_steps=20: 40 s, SB3's SAC 80 s, ratio 0.50; 20% of MnM's seconds lie outside the update." in page
     assert "| update | 32.0 | 80% |" in page
     assert "| obs_dim 4 | 12.0 | 9.0 | 0.0 | 0.0 | 0.0 | 0.0 |" in page
     assert "the CUDA path has not been measured" in " ".join(page.split())
 
 
 def test_comparison_without_a_floor():
-    assert "| Dynamics.sample | 50.0 | 100.0 |  |  |  | 300 |" in comparison({"imagination": row(50.0)}, None)
+    assert "| Dynamics.sample, layer_norm=False | 50.0 | 100.0 |  |  |  | 300 |" in comparison({"imagination": row(50.0)}, None)
 
 
 def test_every_contestant_has_a_title():

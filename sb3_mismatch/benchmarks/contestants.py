@@ -19,7 +19,7 @@ from typing import Any
 #: does so many units of work
 Work = Callable[[int], object]
 
-#: HalfCheetah's sizes, SB3's networks and batch, MBPO's ensemble
+#: HalfCheetah's sizes, SB3's networks and batch, MBPO's ensemble, which as mbrl-lib's has no LayerNorm
 DEFAULTS: dict[str, Any] = {
     "obs_dim": 17,
     "action_dim": 6,
@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "elites": 5,
     "layers": 4,
     "width": 200,
+    "layer_norm": False,
     "rows": 10_000,
     "gradient_steps": 20,
     "n_envs": 1,
@@ -157,7 +158,8 @@ def products(s: dict[str, Any]) -> Work:
 def _dynamics(s: dict[str, Any]) -> Any:
     from sb3_mismatch.dynamics import Dynamics
 
-    return Dynamics(s["obs_dim"], s["action_dim"], s["members"], s["elites"], [s["width"]] * s["layers"])
+    net_arch = [s["width"]] * s["layers"]
+    return Dynamics(s["obs_dim"], s["action_dim"], s["members"], s["elites"], net_arch, s["layer_norm"])
 
 
 def ensemble(s: dict[str, Any]) -> Work:
@@ -311,7 +313,7 @@ def sac_run(s: dict[str, Any]) -> Work:
     return _whole(SAC, s)
 
 
-def mnm_run(s: dict[str, Any]) -> Work:
+def mnm_run(s: dict[str, Any], **arguments: Any) -> Work:
     from sb3_mismatch import MnM
     from sb3_mismatch.fast_sac import FastSAC
 
@@ -323,7 +325,11 @@ def mnm_run(s: dict[str, Any]) -> Work:
         (MnM, "collect_rollouts", "environment"),
     ):
         setattr(owner, name, _timed(getattr(owner, name), phase))
-    return _whole(MnM, s)
+    return _whole(MnM, s, **arguments)
+
+
+def rows_run(s: dict[str, Any]) -> Work:
+    return mnm_run(s, expansion=0, horizon=5, imagine_freq=None, imagined_per_step=50)
 
 
 def _timed(function: Any, phase: str) -> Any:
@@ -352,6 +358,7 @@ CONTESTANTS: dict[str, Callable[[dict[str, Any]], Work]] = {
     "mbrl_imagination": mbrl_imagination,
     "sac_run": sac_run,
     "mnm_run": mnm_run,
+    "rows_run": rows_run,
 }
 
 

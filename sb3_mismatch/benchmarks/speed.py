@@ -35,13 +35,14 @@ TITLES = {
     "fast": "FastSAC, plain",
     "compiled": "FastSAC, compiled",
     "products": "matrix products alone",
-    "ensemble": "Dynamics",
+    "ensemble": "Dynamics, layer_norm=False",
     "mbrl_ensemble": "mbrl-lib",
     "ensemble_products": "matrix products alone",
-    "imagination": "Dynamics.sample",
+    "imagination": "Dynamics.sample, layer_norm=False",
     "mbrl_imagination": "mbrl-lib ModelEnv.step",
     "sac_run": "SB3 SAC",
     "mnm_run": "MnM",
+    "rows_run": "MnM, expansion=0",
 }
 
 
@@ -213,10 +214,10 @@ class Speed:
             contestant.close()
         self.results["memory"] = memory
 
-    def whole_runs(self) -> None:
-        """Environment steps with 20 gradient steps each, in turns of one fit of the world; MnM's by phase."""
-        print("whole runs ...", flush=True)
-        started = self.start(("sac_run", "mnm_run"), {"env": "HalfCheetah-v5"})
+    def whole_runs(self, ours: str, gradient_steps: int) -> None:
+        """Environment steps with so many gradient steps each, in turns of one fit of the world; MnM's by phase."""
+        print(f"whole runs of {TITLES[ours]} ...", flush=True)
+        started = self.start(("sac_run", ours), {"env": "HalfCheetah-v5", "gradient_steps": gradient_steps})
         turns = max(self.plan.env_steps // 250, 1)
         answers: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in started}
         for _ in range(turns):
@@ -226,15 +227,16 @@ class Speed:
             contestant.close()
         seconds = {name: sum(answer["seconds"] for answer in turns) for name, turns in answers.items()}
         phases = {
-            name: sum(answer["phases"].get(name, 0.0) for answer in answers["mnm_run"])
+            name: sum(answer["phases"].get(name, 0.0) for answer in answers[ours])
             for name in ("update", "dynamics", "classifier", "imagination", "environment")
         }
-        phases["other"] = seconds["mnm_run"] - sum(phases.values())
-        self.results["whole runs"] = {
+        phases["other"] = seconds[ours] - sum(phases.values())
+        self.results.setdefault("whole runs", {})[ours] = {
             "env_steps": 250 * turns,
+            "gradient_steps": gradient_steps,
             "seconds": seconds,
-            "ratio": seconds["mnm_run"] / seconds["sac_run"],
-            "outside the update": 1 - phases["update"] / seconds["mnm_run"],
+            "ratio": seconds[ours] / seconds["sac_run"],
+            "outside the update": 1 - phases["update"] / seconds[ours],
             "phases": phases,
         }
 
@@ -272,7 +274,8 @@ class Speed:
         if self.plan.starts:
             self.starts()
         if self.plan.env_steps:
-            self.whole_runs()
+            self.whole_runs("rows_run", 20)
+            self.whole_runs("mnm_run", 1)
         if self.plan.growth:
             self.growth()
 
@@ -343,15 +346,14 @@ def report(results: Mapping[str, Any], command: str) -> str:
         memory = [[title, f"{mb:.0f}"] for title, mb in results["memory"].items()]
         parts += ["## Peak memory\n", "HalfCheetah-v5, a replay buffer of 100,000 rows, after a round.\n"]
         parts.append(table(("", "MB"), memory))
-    if "whole runs" in results:
-        runs = results["whole runs"]
-        parts.append("## A whole run\n")
+    for ours, runs in results.get("whole runs", {}).items():
+        total = runs["seconds"][ours]
+        parts.append(f"## A whole run of {TITLES[ours]}\n")
         parts.append(
-            f"HalfCheetah-v5, {runs['env_steps']} environment steps after warm-up, 20 gradient steps each: "
-            f"MnM {runs['seconds']['mnm_run']:.0f} s, SB3's SAC {runs['seconds']['sac_run']:.0f} s, "
+            f"HalfCheetah-v5, {runs['env_steps']} environment steps after warm-up, gradient_steps="
+            f"{runs['gradient_steps']}: {total:.0f} s, SB3's SAC {runs['seconds']['sac_run']:.0f} s, "
             f"ratio {runs['ratio']:.2f}; {runs['outside the update']:.0%} of MnM's seconds lie outside the update.\n"
         )
-        total = runs["seconds"]["mnm_run"]
         parts.append(
             table(("phase", "s", "share"), [[n, f"{x:.1f}", f"{x / total:.0%}"] for n, x in runs["phases"].items()])
         )
