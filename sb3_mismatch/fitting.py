@@ -197,7 +197,8 @@ def fit_dynamics(
 
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
     :return: for the log, on held-out rows: negative log-likelihood, squared error per head, the larger share of next
-        states' variance and of rewards' mean square that is left unexplained, steps taken, and how many members had exploded (:func:`exploded`) and were rolled back with their optimizer's moments
+        states' variance and of rewards' mean square that is left unexplained, steps taken, and how many members had
+        exploded (:func:`exploded`) and were rolled back with their optimizer's moments
     :raises ValueError: when the loss on held-out rows is not finite at any check, the start among them
     """
     train, holdout = split_holdout(data, settings)

@@ -149,7 +149,8 @@ def test_page():
 
 
 def test_comparison_without_a_floor():
-    assert "| Dynamics.sample, layer_norm=False | 50.0 | 100.0 |  |  |  | 300 |" in comparison({"imagination": row(50.0)}, None)
+    page = comparison({"imagination": row(50.0)}, None)
+    assert "| Dynamics.sample, layer_norm=False | 50.0 | 100.0 |  |  |  | 300 |" in page
 
 
 def test_every_contestant_has_a_title():
