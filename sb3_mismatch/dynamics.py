@@ -15,6 +15,8 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_mismatch.healthy_range import HealthyRange
+
 #: Rows of each member that go through the networks together on a CPU: what is between two layers stays in its cache.
 ROWS_AT_ONCE = 500
 
@@ -138,6 +140,7 @@ class Dynamics(nn.Module):
         self.body = EnsembleMLP(n_members, obs_dim + action_dim, net_arch, 2 * n_targets, layer_norm)
         self.max_log_var = nn.Parameter(th.full((n_members, 1, n_targets), 0.5))
         self.min_log_var = nn.Parameter(th.full((n_members, 1, n_targets), -10.0))
+        self.healthy_range = HealthyRange(obs_dim)
         self.end = EnsembleMLP(n_members, obs_dim, end_arch, 1)
         # Ends are rare: heads that have learned little say no.
         nn.init.constant_(self.end.layers[-1].bias, -4.0)  # type: ignore[arg-type]
@@ -210,13 +213,18 @@ class Dynamics(nn.Module):
         """What draws the learned bounds of the log-variances together (PETS): (E,)."""
         return 0.01 * (self.max_log_var - self.min_log_var).sum(dim=(1, 2))
 
-    def end_logits(self, next_observations: th.Tensor) -> th.Tensor:
-        """Each member's logit of the episode's end at s': (E, N, obs_dim) -> (E, N, 1)."""
-        return self.end(self.next_observations.transform(next_observations))  # type: ignore[no-any-return]
+    def log_survival(self, next_observations: th.Tensor) -> th.Tensor:
+        """
+        Each member's log-probability that the episode goes on at s': (E, N, obs_dim) -> (E, N, 1).
+
+        It ends where the state leaves the healthy range, or for what the end-of-episode heads have seen beside that.
+        """
+        logits = self.end(self.next_observations.transform(next_observations))
+        return self.healthy_range.log_survival(next_observations) + F.logsigmoid(-logits)
 
     def end_probability(self, next_observations: th.Tensor) -> th.Tensor:
         """Mean over the members of the probability that the episode ends at s': (N, obs_dim) -> (N, 1)."""
-        return self.end_logits(next_observations.expand(self.n_members, -1, -1)).sigmoid().mean(dim=0)
+        return 1 - self.log_survival(next_observations.expand(self.n_members, -1, -1)).exp().mean(dim=0)
 
     def rsample(
         self,

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
-from torch.nn import functional as F
 
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
@@ -294,6 +293,7 @@ def _standardise(dynamics: Dynamics, batch: ReplayBufferSamples, train: th.Tenso
     observations, actions, next_observations, _, rewards = (c[train] for c in batch[:5])
     dynamics.inputs.fit(th.cat([observations, actions], dim=1))
     dynamics.next_observations.fit(next_observations)
+    dynamics.healthy_range.fit(next_observations, batch.dones[train])
     dynamics.targets.fit(dynamics.raw_targets(observations, next_observations, rewards))
     seen = th.cat([th.cat([observations, next_observations]), th.cat([rewards, rewards])], dim=1)
     dynamics.low.copy_(seen.amin(dim=0))
@@ -301,9 +301,11 @@ def _standardise(dynamics: Dynamics, batch: ReplayBufferSamples, train: th.Tenso
 
 
 def _end_loss(dynamics: Dynamics, rows: ReplayBufferSamples) -> th.Tensor:
-    """Cross-entropy of the end-of-episode heads: (E,)."""
-    logits = dynamics.end_logits(rows.next_observations)
-    return F.binary_cross_entropy_with_logits(logits, rows.dones, reduction="none").mean(dim=(1, 2))
+    """Cross-entropy of the ends: (E,)."""
+    log_survival = dynamics.log_survival(rows.next_observations)
+    # Not quite certain: the logarithm of the other probability stays finite.
+    log_end = th.log(-th.expm1(log_survival.clamp(max=-1e-6)))
+    return -th.where(rows.dones > 0, log_end, log_survival).mean(dim=(1, 2))
 
 
 def fit_classifier(

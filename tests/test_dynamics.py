@@ -171,7 +171,13 @@ def test_end_probability_is_the_members_mean():
     (layer,) = dynamics.end.layers
     each = [(x @ layer.weight[k] + layer.bias[k]).sigmoid() for k in range(5)]
     assert_close(dynamics.end_probability(s2), sum(each) / 5)
-    assert_close(dynamics.end_logits(s2.expand(5, -1, -1)).sigmoid(), th.stack(each))
+    assert_close(1 - dynamics.log_survival(s2.expand(5, -1, -1)).exp(), th.stack(each))
+    # Beyond a bound all members see the end; within it they think as before.
+    dynamics.healthy_range.low[1] = 0.0
+    dynamics.healthy_range.width[1] = 1e-3
+    beyond, within = (s2[:, 1] < -0.1), (s2[:, 1] > 0.1)
+    assert_close(dynamics.end_probability(s2)[beyond], th.ones(int(beyond.sum()), 1))
+    assert_close(dynamics.end_probability(s2)[within], (sum(each) / 5)[within])
 
 
 def test_heads_that_have_learned_nothing_see_no_end():

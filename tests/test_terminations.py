@@ -136,7 +136,7 @@ def drive(env_id: str, steps: int, seed: int) -> RealTransitions:
     return real_transitions(buffer, FlatObservations(env.observation_space), CPU)
 
 
-@pytest.mark.parametrize(("env_id", "recall"), [("InvertedPendulum-v5", 0.98), ("Hopper-v5", 0.92)])
+@pytest.mark.parametrize(("env_id", "recall"), [("InvertedPendulum-v5", 0.995), ("Hopper-v5", 0.99)])
 def test_learned_ends_agree_with_the_environments_own(env_id, recall):
     th.manual_seed(0)
     env = gym.make(env_id)
@@ -158,5 +158,5 @@ def test_learned_ends_agree_with_the_environments_own(env_id, recall):
         f"\n{env_id}: agreement {agreement:.4f}, balanced recall {balanced:.4f} "
         f"(ends {recalls[0]:.4f} of {int(batch.dones.sum())}, others {recalls[1]:.4f})"
     )
-    assert agreement >= 0.99
+    assert agreement >= 0.998
     assert balanced >= recall
