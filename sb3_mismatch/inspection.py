@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import pathlib
 import zipfile
 from typing import Any, NamedTuple
@@ -115,6 +116,7 @@ class Prediction(NamedTuple):
     :param error: (d,)
     :param unchanged: (d,) of the guess that nothing changes; for the reward of the guess that it is the mean
     :param ends: true ends, how many of them are told, and how many ends are told that are none
+    :param bounds: beyond which episodes end, as they are written
     :param accuracy: the classifier's, of real and imagined next states; ``None`` without one
     :param n: transitions
     """
@@ -123,6 +125,7 @@ class Prediction(NamedTuple):
     error: np.ndarray
     unchanged: np.ndarray
     ends: tuple[int, int, int]
+    bounds: list[str]
     accuracy: float | None
     n: int
 
@@ -149,9 +152,22 @@ def prediction(model: ModelBased, data: RealTransitions, fresh: bool) -> Predict
         error=_rms(th.cat([predicted - next_observations, told_rewards - rewards], dim=1)),
         unchanged=_rms(th.cat([observations - next_observations, rewards.mean() - rewards], dim=1)),
         ends=tuple(int(x.sum()) for x in (ends, ends & told_ends, ~ends & told_ends)),  # type: ignore[arg-type]
+        bounds=[] if world.outcomes.termination_fn else _bounds(model),
         accuracy=_accuracy(model, observations, actions, next_observations) if model._row.uses_classifier else None,
         n=len(rewards),
     )
+
+
+def _bounds(model: ModelBased) -> list[str]:
+    """The bounds of the healthy range, by the names of the quantities."""
+    healthy, world = model.world.dynamics.healthy_range, model.world
+    sides = (("<", healthy.low), (">", healthy.high))
+    written = (
+        (name, sign, bound)
+        for sign, side in sides
+        for name, bound in zip(names(world.observations), side.tolist(), strict=True)
+    )
+    return [f"{name} {sign} {bound:.3g}" for name, sign, bound in written if math.isfinite(bound)]
 
 
 def _accuracy(model: ModelBased, observations: th.Tensor, actions: th.Tensor, real: th.Tensor) -> float:
@@ -247,6 +263,8 @@ def about_prediction(told: Prediction, source: str) -> str:
         text += f"\n  ({len(share) - 1 - len(worst)} dimensions that are predicted better are left out)"
     true, found, false = told.ends
     text += f"\n\n  ends        {found} of {true} true ends are told, and {false} that are none"
+    if told.bounds:
+        text += f"\n  bounds      an episode ends where {', '.join(told.bounds)}"
     if told.accuracy is not None:
         text += f"\n  classifier  tells {told.accuracy:.1%} of real and imagined next states right (50%: no difference)"
     return text

@@ -182,6 +182,19 @@ def test_ends_are_counted(model, monkeypatch):
     assert inspection.prediction(model, RealTransitions(batch, th.arange(50)), fresh=True).ends == (10, 2, 8)
 
 
+def test_bounds_of_the_episodes_are_told(model):
+    s, a, following, rewards = rows_that_the_world_foretells(model)
+    batch = ReplayBufferSamples(s, a, following, th.zeros(50, 1), rewards)
+    data = RealTransitions(batch, th.arange(50))
+    told = inspection.prediction(model, data, fresh=True)
+    assert told.bounds == []
+    assert "bounds" not in inspection.about_prediction(told, "of a test")
+    model.world.dynamics.healthy_range.low[0] = 0.7
+    model.world.dynamics.healthy_range.high[2] = 0.2
+    text = inspection.about_prediction(inspection.prediction(model, data, fresh=True), "of a test")
+    assert "an episode ends where s[0] < 0.7, s[2] > 0.2" in text
+
+
 def test_classifier_accuracy(model, monkeypatch):
     rows = list(rows_that_the_world_foretells(model))
     rows[2][:20] += 100.0
