@@ -182,15 +182,16 @@ def test_ends_are_counted(model, monkeypatch):
     assert inspection.prediction(model, RealTransitions(batch, th.arange(50)), fresh=True).ends == (10, 2, 8)
 
 
-def test_bounds_of_the_episodes_are_told(model):
+def test_bounds_of_the_episodes_are_told(model, monkeypatch):
     s, a, following, rewards = rows_that_the_world_foretells(model)
     batch = ReplayBufferSamples(s, a, following, th.zeros(50, 1), rewards)
     data = RealTransitions(batch, th.arange(50))
     told = inspection.prediction(model, data, fresh=True)
     assert told.bounds == []
     assert "bounds" not in inspection.about_prediction(told, "of a test")
-    model.world.dynamics.healthy_range.low[0] = 0.7
-    model.world.dynamics.healthy_range.high[2] = 0.2
+    healthy = model.world.dynamics.healthy_range
+    monkeypatch.setattr(healthy, "low", th.tensor([0.7, -th.inf, -th.inf]))
+    monkeypatch.setattr(healthy, "high", th.tensor([th.inf, th.inf, 0.2]))
     text = inspection.about_prediction(inspection.prediction(model, data, fresh=True), "of a test")
     assert "an episode ends where s[0] < 0.7, s[2] > 0.2" in text
 
