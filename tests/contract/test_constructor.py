@@ -26,7 +26,7 @@ def test_a1_sacs_arguments_come_first_and_in_order(kind):
     assert len(theirs) == 28
     assert list(ours)[:28] == list(theirs)
     changed = {name for name in theirs if ours[name].default != theirs[name].default}
-    assert changed == ({"gradient_steps"} if kind is MBPO else set())
+    assert changed == ({"gradient_steps"} if kind is MBPO else {"learning_rate", "tau", "gamma"})
     behind = list(ours.values())[28:]
     assert {parameter.name for parameter in behind} == {*OURS, "compile"}
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in behind)
