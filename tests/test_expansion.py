@@ -121,7 +121,8 @@ def test_bounds_leave_room_for_log_ratios_that_add_up(objective, slack, monkeypa
     soon(monkeypatch)
     model = trained(BoxEnv(), 70, objective=objective, real_ratio=0.5)
     rewards = model.replay_buffer.rewards[: model._fitted_at]
-    low, high = min((rewards.min() - slack) * 100, 0), max((rewards.max() + slack) * 100, 0)
+    longest = 1 / (1 - model.gamma)
+    low, high = min((rewards.min() - slack) * longest, 0), max((rewards.max() + slack) * longest, 0)
     assert model._highest_value == pytest.approx(2 * high - low, rel=1e-4)
 
 

@@ -118,7 +118,8 @@ def test_500_steps_of_each_objective(objective, env_id):
         env_id, 500, objective=objective, learning_starts=440, reward_shift="auto", model_train_freq=50, horizon=2
     )
     assert model._fitted_at == 491
-    assert len(model.world.imagined) == 100
+    # Behind an imagined end there is no row.
+    assert 80 <= len(model.world.imagined) <= 100
     assert all_finite(model)
 
 
@@ -164,9 +165,10 @@ def test_an_objective_of_ones_own(monkeypatch):
         fitted.append(gamma)
         return terms.nll
 
-    trained(steps=70, objective=Objective(reward, model_loss, uses_classifier=False), real_ratio=0.5, expansion=0)
+    objective = Objective(reward, model_loss, uses_classifier=False)
+    model = trained(steps=70, objective=objective, real_ratio=0.5, expansion=0)
     assert len(fitted) >= 5
-    assert set(fitted) == {0.99}
+    assert set(fitted) == {model.gamma}
     assert paid[-1].shape == (8, 1)
 
 
