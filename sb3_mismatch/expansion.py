@@ -14,6 +14,9 @@ from sb3_mismatch.world import World
 
 #: Where ``ent_coef="auto"`` starts: from SAC's 1.0 it takes Adam some 7,000 gradient steps to come down here.
 FIRST_ENT_COEF = 0.1
+#: Adam's ε for losses in the critics' unit: where all is as good as can be, gradients are noise alone, which 1e-8 would
+#: blow up to whole steps, until a policy that does all right has wandered off.
+EPS = 1e-6
 
 
 class Expanding(FastSAC):
@@ -38,9 +41,16 @@ class Expanding(FastSAC):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        if self._expands and self.ent_coef == "auto":
+        if not self._expands:
+            return
+        if self.ent_coef == "auto":
             assert self.log_ent_coef is not None
             self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF))
+        if "eps" not in self.policy.optimizer_kwargs:
+            for optimizer in (self.actor.optimizer, self.critic.optimizer):
+                for group in optimizer.param_groups:
+                    if "eps" in group:
+                        group["eps"] = EPS
 
     @property
     def _expands(self) -> bool:

@@ -23,7 +23,7 @@ from test_compiled import assert_close_agents, trained_both_ways, uncompiled  # 
 from torch.testing import assert_close
 
 from sb3_mismatch import MBPO, MnM
-from sb3_mismatch.expansion import FIRST_ENT_COEF
+from sb3_mismatch.expansion import EPS, FIRST_ENT_COEF
 from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 
 GAMMA, ALPHA = 0.9, th.tensor(0.5)
@@ -141,6 +141,19 @@ def test_temperature_starts_low_unless_it_is_given():
     assert first() == pytest.approx(FIRST_ENT_COEF)
     assert first(ent_coef="auto_0.7") == pytest.approx(0.7)
     assert first(expansion=0) == first(real_ratio=1.0) == 1.0
+
+
+def test_adam_is_calm_where_gradients_are_small_unless_it_is_told_otherwise():
+    def epsilons(**settings):
+        model = MnM("MlpPolicy", BoxEnv(), **small(**settings))
+        return {group["eps"] for part in (model.actor, model.critic) for group in part.optimizer.param_groups}
+
+    assert epsilons() == {EPS}
+    assert epsilons(expansion=0) == epsilons(real_ratio=1.0) == {1e-8}
+    told = {"net_arch": [8], "optimizer_kwargs": {"eps": 1e-3}}
+    assert epsilons(policy_kwargs=told) == {1e-3}
+    without = {"net_arch": [8], "optimizer_class": th.optim.SGD}
+    assert "eps" not in MnM("MlpPolicy", BoxEnv(), **small(policy_kwargs=without)).actor.optimizer.param_groups[0]
 
 
 @pytest.mark.parametrize("settings", [{"expansion": 5, "real_ratio": 1.0}, {"expansion": 0, "real_ratio": 1.0}])
