@@ -4,6 +4,8 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
+#: Where there is no bound: finite, as all weights are, and beyond any observation.
+NO_BOUND = 1e30
 #: A bound is drawn where so many ends lie beyond all that lived on: a single one may by chance.
 FEWEST_ENDS = 2
 #: Width of a bound at least, in standard deviations of what lived on, so that its gradient stays finite.
@@ -13,7 +15,7 @@ LEAST_WIDTH = 0.02
 class HealthyRange(nn.Module):
     """
     Bounds on single quantities of the state that the episodes' ends are found beyond, as Gymnasium's tasks have them
-    (``healthy_z_range``, ``healthy_angle_range``): infinite where there is none.
+    (``healthy_z_range``, ``healthy_angle_range``).
 
     A few ends are enough to find them, where a network would need thousands, and where the policy has never been they
     hold as well.
@@ -27,8 +29,8 @@ class HealthyRange(nn.Module):
 
     def __init__(self, obs_dim: int) -> None:
         super().__init__()
-        self.register_buffer("low", th.full((obs_dim,), -th.inf))
-        self.register_buffer("high", th.full((obs_dim,), th.inf))
+        self.register_buffer("low", th.full((obs_dim,), -NO_BOUND))
+        self.register_buffer("high", th.full((obs_dim,), NO_BOUND))
         self.register_buffer("width", th.ones(obs_dim))
 
     @th.no_grad()
@@ -39,8 +41,8 @@ class HealthyRange(nn.Module):
         :param next_observations: (n, obs_dim)
         :param dones: one where the episode ended there, (n, 1)
         """
-        self.low.fill_(-th.inf)
-        self.high.fill_(th.inf)
+        self.low.fill_(-NO_BOUND)
+        self.high.fill_(NO_BOUND)
         ended = dones.squeeze(1) > 0
         if not ended.any() or ended.all():
             return
@@ -49,7 +51,7 @@ class HealthyRange(nn.Module):
         lived, over = both[~ended], both[ended]
         lowest = lived.amin(dim=0)
         beyond = over < lowest
-        bounds, untold = th.full_like(lowest, -th.inf), th.ones_like(ended[ended])
+        bounds, untold = th.full_like(lowest, -NO_BOUND), th.ones_like(ended[ended])
         while True:
             told = beyond[untold].sum(dim=0)
             side = int(told.argmax())

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import pathlib
 import zipfile
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import nn
 
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.contrib import MnMCrossQ, MnMTQC
+from sb3_mismatch.healthy_range import NO_BOUND
 from sb3_mismatch.mnm import MnM, ModelBased
 from sb3_mismatch.plots.numbers import horizon_errors_of
 from sb3_mismatch.plots.real import held_out, names
@@ -167,7 +167,7 @@ def _bounds(model: ModelBased) -> list[str]:
         for sign, side in sides
         for name, bound in zip(names(world.observations), side.tolist(), strict=True)
     )
-    return [f"{name} {sign} {bound:.3g}" for name, sign, bound in written if math.isfinite(bound)]
+    return [f"{name} {sign} {bound:.3g}" for name, sign, bound in written if abs(bound) < NO_BOUND]
 
 
 def _accuracy(model: ModelBased, observations: th.Tensor, actions: th.Tensor, real: th.Tensor) -> float:

@@ -15,6 +15,7 @@ from sb3_mismatch import VMBPO, MnM, inspection
 from sb3_mismatch.__main__ import main
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.contrib import MnMCrossQ, MnMTQC
+from sb3_mismatch.healthy_range import NO_BOUND
 
 
 def short(**kwargs):
@@ -190,8 +191,8 @@ def test_bounds_of_the_episodes_are_told(model, monkeypatch):
     assert told.bounds == []
     assert "bounds" not in inspection.about_prediction(told, "of a test")
     healthy = model.world.dynamics.healthy_range
-    monkeypatch.setattr(healthy, "low", th.tensor([0.7, -th.inf, -th.inf]))
-    monkeypatch.setattr(healthy, "high", th.tensor([th.inf, th.inf, 0.2]))
+    monkeypatch.setattr(healthy, "low", th.tensor([0.7, -NO_BOUND, -NO_BOUND]))
+    monkeypatch.setattr(healthy, "high", th.tensor([NO_BOUND, NO_BOUND, 0.2]))
     text = inspection.about_prediction(inspection.prediction(model, data, fresh=True), "of a test")
     assert "an episode ends where s[0] < 0.7, s[2] > 0.2" in text
 
