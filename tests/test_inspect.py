@@ -191,8 +191,8 @@ def test_bounds_of_the_episodes_are_told(model, monkeypatch):
     assert told.bounds == []
     assert "bounds" not in inspection.about_prediction(told, "of a test")
     healthy = model.world.dynamics.healthy_range
-    monkeypatch.setattr(healthy, "low", th.tensor([0.7, -NO_BOUND, -NO_BOUND]))
-    monkeypatch.setattr(healthy, "high", th.tensor([NO_BOUND, NO_BOUND, 0.2]))
+    monkeypatch.setitem(healthy._buffers, "low", th.tensor([0.7, -NO_BOUND, -NO_BOUND]))
+    monkeypatch.setitem(healthy._buffers, "high", th.tensor([NO_BOUND, NO_BOUND, 0.2]))
     text = inspection.about_prediction(inspection.prediction(model, data, fresh=True), "of a test")
     assert "an episode ends where s[0] < 0.7, s[2] > 0.2" in text
 
