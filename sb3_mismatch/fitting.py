@@ -52,6 +52,13 @@ class Terms:
         return self._row.likelihood_weight * nll.mean(dim=1)
 
     @cached_property
+    def crps(self) -> th.Tensor:
+        """How far q(s', r | s, a) is from what happened: (E,)."""
+        rows = self._rows
+        crps = self._dynamics.crps_of(self._predicted, rows.observations, rows.next_observations, rows.rewards)
+        return self._row.likelihood_weight * crps.mean(dim=1)
+
+    @cached_property
     def _drawn(self) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """s, a and s' ~ q by reparameterisation; over all members as many rows as one member's minibatch has."""
         n_members, n_rows = self._rows.rewards.shape[:2]

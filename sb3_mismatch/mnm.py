@@ -59,7 +59,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param n_elites: how many of them imagine (MBPO: 5)
     :param log_ratio_weight: weight of the classifier's term in the policy's reward; ``None``: the objective's own
     :param adversarial_weight: weight of realism and value in the dynamics' loss; ``None``: the objective's own
-    :param likelihood_weight: weight of the likelihood in the dynamics' loss; ``None``: the objective's own
+    :param likelihood_weight: weight of the fit to real transitions in the dynamics' loss; ``None``: the objective's own
     :param reward_shift: added to every reward before its logarithm is taken: a number, or "auto" for as much as
         lifts the lowest reward met so far to ``reward_floor``
     :param reward_floor: lowest shifted reward under ``reward_shift="auto"``, in the reward's units

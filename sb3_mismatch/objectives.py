@@ -21,13 +21,17 @@ import torch as th
 class ModelTerms(Protocol):
     """
     What the dynamics' loss may ask of a minibatch: means over its rows for each member, shape (n_members,), computed
-    only when asked for, and already times their weights: ``nll`` times ``likelihood_weight``, the other two times
-    ``adversarial_weight``.
+    only when asked for, and already times their weights: ``nll`` and ``crps`` times ``likelihood_weight``, the
+    others times ``adversarial_weight``.
     """
 
     @property
     def nll(self) -> th.Tensor:
         """-log q(s', r | s, a) of the real transition, in nats."""
+
+    @property
+    def crps(self) -> th.Tensor:
+        """Continuous ranked probability score of q(s', r | s, a) at the real transition, in standard deviations."""
 
     @property
     def log_ratio(self) -> th.Tensor:
@@ -70,8 +74,8 @@ def likelihood_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
 
 
 def adversarial_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
-    """L = -log q - log C/(1-C)."""
-    return terms.nll - terms.log_ratio
+    """L = CRPS(q) - log C/(1-C)."""
+    return terms.crps - terms.log_ratio
 
 
 def joint_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
@@ -94,7 +98,7 @@ class Objective:
     :param model_loss: what the dynamics minimise: ``(terms, gamma) -> loss``, shape (n_members,)
     :param log_ratio_weight: weight of the log-ratio in the policy's reward
     :param adversarial_weight: weight of what a drawn next state earns in the dynamics' loss
-    :param likelihood_weight: weight of the log-likelihood of real transitions in the dynamics' loss
+    :param likelihood_weight: weight of the fit to real transitions in the dynamics' loss
     :param takes_log: whether ``reward`` takes the logarithm of the environment's reward, so that the policy's
         objective is a lower bound on the log of the expected return
     :param centred: whether the log-ratio has its mean over the imagined rows subtracted before it is paid: a
@@ -116,7 +120,12 @@ OBJECTIVES: dict[str, Objective] = {
     "mnm": Objective(reward=lower_bound_reward, model_loss=joint_loss, takes_log=True),
     "mnm-gamma": Objective(reward=discounted_bound_reward, model_loss=discounted_joint_loss, takes_log=True),
     "mnm-approx": Objective(
-        reward=realistic_reward, model_loss=adversarial_loss, log_ratio_weight=0.1, adversarial_weight=0.1, centred=True
+        reward=realistic_reward,
+        model_loss=adversarial_loss,
+        log_ratio_weight=0.1,
+        adversarial_weight=0.1,
+        likelihood_weight=10.0,
+        centred=True,
     ),
     "vmbpo": Objective(reward=realistic_reward, model_loss=joint_loss),
     "mbpo": Objective(reward=task_reward, model_loss=likelihood_loss, uses_classifier=False),

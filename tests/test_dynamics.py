@@ -154,6 +154,25 @@ def test_nll_is_the_gaussians():
         assert_close(nll[member], expected - 2 * math.log(2 * math.pi), rtol=1e-4, atol=1e-4)
 
 
+def test_crps_is_the_integral_of_its_definition():
+    """∫ (F(y) - 1[y >= target])² dy, over a grid."""
+    dynamics = ensemble()
+    s, a, s2, r = th.randn(5, 7, 3), th.randn(5, 7, 2), th.randn(5, 7, 3), 100 * th.randn(5, 7, 1)
+    predicted = dynamics(s, a)
+    crps = dynamics.crps_of(predicted, s, s2, r)
+    assert crps.shape == (5, 7)
+    targets = dynamics.targets.transform(dynamics.raw_targets(s, s2, r)).double()
+    y = th.linspace(-60, 60, 120_001, dtype=th.double)
+    for member, row in ((0, 0), (4, 6)):
+        total = 0.0
+        for k in range(4):
+            normal = th.distributions.Normal(
+                predicted.mean[member, row, k].double(), (0.5 * predicted.log_var[member, row, k].double()).exp()
+            )
+            total += th.trapezoid((normal.cdf(y) - (y >= targets[member, row, k]).double()).square(), y).item()
+        assert crps[member, row].item() == pytest.approx(total, rel=2e-3)
+
+
 def test_squared_error_is_per_target():
     dynamics = ensemble()
     s, a = th.randn(5, 7, 3), th.randn(5, 7, 2)

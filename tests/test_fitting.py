@@ -361,8 +361,10 @@ def test_terms_are_weighted_means_of_each_member():
         adversarial_weight=0.5,
     )
     ours, dynamics, rows = terms(row)
-    nll = dynamics.nll(rows.observations, rows.actions, rows.next_observations, rows.rewards)
-    assert_close(ours.nll, 2 * nll.mean(dim=1))
+    predicted = dynamics(rows.observations, rows.actions)
+    real = (rows.observations, rows.next_observations, rows.rewards)
+    assert_close(ours.nll, 2 * dynamics.nll_of(predicted, *real).mean(dim=1))
+    assert_close(ours.crps, 2 * dynamics.crps_of(predicted, *real).mean(dim=1))
     s, a, s2 = ours._drawn
     assert s.shape == (3, 10, 2)
     assert_close(s, rows.observations[:, :10])
@@ -379,6 +381,28 @@ def test_value_and_realism_reach_each_members_own_parameters():
         assert gradient is not None
         assert gradient[1].abs().sum() > 0
         assert gradient[0].abs().sum() == gradient[2].abs().sum() == 0
+
+
+def test_crps_learns_what_likelihood_leaves_to_noise():
+    """Smooth steps, and one in ten an impact, as of a foot: what likelihood calls noise there has its cause."""
+    th.manual_seed(0)
+    s, a = 2 * th.rand(3000, 1) - 1, 2 * th.rand(3000, 1) - 1
+    impact = s > 0.8
+    data = rows_of(s, a, s + 0.05 * s * th.sin(3 * a) + impact * th.sin(4 * a))
+    errors = {}
+    for name in ("nll_of", "crps_of"):
+        th.manual_seed(1)
+        dynamics = Dynamics(1, 1, 2, 2, net_arch=[64, 64])
+
+        def loss(rows, dynamics=dynamics, score=getattr(dynamics, name)):
+            return 10 * score(dynamics(*rows[:2]), rows[0], rows[2], rows.rewards).mean(dim=1)
+
+        fit(dynamics, data, loss=loss, max_steps=600, patience=100)
+        hit = (x[impact[:, 0]].expand(2, -1, -1) for x in data.batch[:5])
+        with th.no_grad():
+            s1, a1, s2, _, r = hit
+            errors[name] = dynamics.squared_error(s1, a1, s2, r)[:, 0].mean().item()
+    assert errors["crps_of"] < 0.6 * errors["nll_of"], errors
 
 
 def test_few_rows_still_draw():

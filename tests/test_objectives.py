@@ -29,6 +29,7 @@ class ByHand:
     """Terms of two members."""
 
     nll = th.tensor([1.0, 2.0])
+    crps = th.tensor([3.0, 4.0])
     log_ratio = th.tensor([0.5, -0.5])
     value = th.tensor([10.0, 20.0])
 
@@ -53,7 +54,7 @@ def test_rewards_by_hand(equation, expected):
     ("equation", "expected"),
     [
         (likelihood_loss, [1.0, 2.0]),
-        (adversarial_loss, [0.5, 2.5]),
+        (adversarial_loss, [2.5, 4.5]),
         (joint_loss, [1 - 0.5 - 9, 2 + 0.5 - 18]),
         (discounted_joint_loss, [1 - 0.45 - 9, 2 + 0.45 - 18]),
     ],
@@ -74,7 +75,7 @@ def test_optimum_over_finite_next_states(equation, tilt):
     logits = th.zeros(6, dtype=th.double, requires_grad=True)
 
     class Exact:
-        nll = th.zeros(1)
+        nll = crps = th.zeros(1)
 
         @property
         def log_ratio(self):
