@@ -393,8 +393,9 @@ def test_crps_learns_what_likelihood_leaves_to_noise():
     for name in ("nll_of", "crps_of"):
         th.manual_seed(1)
         dynamics = Dynamics(1, 1, 2, 2, net_arch=[64, 64])
+        score = getattr(dynamics, name)
 
-        def loss(rows, dynamics=dynamics, score=getattr(dynamics, name)):
+        def loss(rows, dynamics=dynamics, score=score):
             return 10 * score(dynamics(*rows[:2]), rows[0], rows[2], rows.rewards).mean(dim=1)
 
         fit(dynamics, data, loss=loss, max_steps=600, patience=100)
