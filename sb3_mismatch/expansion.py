@@ -12,7 +12,8 @@ from sb3_mismatch.lookahead import Path, expanded_value
 from sb3_mismatch.terminations import TransitionFunction
 from sb3_mismatch.world import World
 
-#: Where ``ent_coef="auto"`` starts: from SAC's 1.0 it takes Adam some 7,000 gradient steps to come down here.
+#: Where ``ent_coef="auto"`` starts, over the largest reward of the first rows: from SAC's 1.0 it takes Adam some 7,000
+#: gradient steps to come down here, and from a tenth of what it should be as long to go up, while actions saturate.
 FIRST_ENT_COEF = 0.1
 #: Adam's ε for losses in the critics' unit: where all is as good as can be, gradients are noise alone, which 1e-8 would
 #: blow up to whole steps, until a policy that does all right has wandered off.
@@ -43,9 +44,6 @@ class Expanding(FastSAC):
         super()._setup_model()
         if not self._expands:
             return
-        if self.ent_coef == "auto":
-            assert self.log_ent_coef is not None
-            self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF))
         if "eps" not in self.policy.optimizer_kwargs:
             for optimizer in (self.actor.optimizer, self.critic.optimizer):
                 for group in optimizer.param_groups:
@@ -81,7 +79,11 @@ class Expanding(FastSAC):
         # A whole range beyond on either side for the entropy: where all is as good as can be, a bound that is met would
         # leave nothing to tell good from better.
         self._lowest_value, self._highest_value = 2 * low - high, 2 * high - low
-        unit = max(paid.abs().quantile(0.99).item() * longest, 1.0)
+        largest = paid.abs().quantile(0.99).item()
+        unit = max(largest * longest, 1.0)
+        if self._unit is None and self.ent_coef == "auto":
+            assert self.log_ent_coef is not None
+            self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF * (largest or 1.0)))
         self._unit = unit if self._unit is None else self._unit + 0.1 * (unit - self._unit)
 
     def _ent_coef(self) -> th.Tensor:

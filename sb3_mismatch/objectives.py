@@ -31,7 +31,7 @@ class ModelTerms(Protocol):
 
     @property
     def crps(self) -> th.Tensor:
-        """Continuous ranked probability score of q(s', r | s, a) at the real transition, in standard deviations."""
+        """Continuous ranked probability score of q(s', r | s, a) at the real transition, in 1/200 of a deviation."""
 
     @property
     def log_ratio(self) -> th.Tensor:
@@ -74,8 +74,8 @@ def likelihood_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
 
 
 def adversarial_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
-    """L = CRPS(q) - log C/(1-C)."""
-    return terms.crps - terms.log_ratio
+    """L = -log q + CRPS(q) - log C/(1-C)."""
+    return terms.nll + terms.crps - terms.log_ratio
 
 
 def joint_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
@@ -124,7 +124,6 @@ OBJECTIVES: dict[str, Objective] = {
         model_loss=adversarial_loss,
         log_ratio_weight=0.1,
         adversarial_weight=0.1,
-        likelihood_weight=10.0,
         centred=True,
     ),
     "vmbpo": Objective(reward=realistic_reward, model_loss=joint_loss),

@@ -134,11 +134,19 @@ def test_the_actors_gradient_flows_through_the_learned_world(model):
     assert gradient.abs().max() > 0
 
 
-def test_temperature_starts_low_unless_it_is_given():
-    def first(**settings):
-        return MnM("MlpPolicy", BoxEnv(), **small(**settings)).log_ent_coef.exp().item()
+def test_temperature_starts_at_a_share_of_the_rewards_unless_it_is_given():
+    def first(reward=-30.0, **settings):
+        model = MnM("MlpPolicy", BoxEnv(), **small(**settings))
+        if model._expands:
+            model._scale_to(th.full((10, 1), reward))
+            at_first = model.log_ent_coef.exp().item()
+            model._scale_to(th.full((10, 1), 2 * reward))
+            assert model.log_ent_coef.exp().item() == at_first
+        return model.log_ent_coef.exp().item()
 
-    assert first() == pytest.approx(FIRST_ENT_COEF)
+    assert first() == pytest.approx(FIRST_ENT_COEF * 30)
+    assert first(reward=0.01) == pytest.approx(FIRST_ENT_COEF * 0.01)
+    assert first(reward=0.0) == pytest.approx(FIRST_ENT_COEF)
     assert first(ent_coef="auto_0.7") == pytest.approx(0.7)
     assert first(expansion=0) == first(real_ratio=1.0) == 1.0
 

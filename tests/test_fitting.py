@@ -364,7 +364,7 @@ def test_terms_are_weighted_means_of_each_member():
     predicted = dynamics(rows.observations, rows.actions)
     real = (rows.observations, rows.next_observations, rows.rewards)
     assert_close(ours.nll, 2 * dynamics.nll_of(predicted, *real).mean(dim=1))
-    assert_close(ours.crps, 2 * dynamics.crps_of(predicted, *real).mean(dim=1))
+    assert_close(ours.crps, 400 * dynamics.crps_of(predicted, *real).mean(dim=1))
     s, a, s2 = ours._drawn
     assert s.shape == (3, 10, 2)
     assert_close(s, rows.observations[:, :10])
