@@ -25,7 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "mnm": {"seed": 0, "objective": "mnm", "reward_shift": "auto", "horizon": [1_000, 5_000, 1, 10]},
 }
 #: of the benchmarks, with several seeds
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "gym-20k" / "InvertedPendulum-v5"
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "gym-20k" / "InvertedDoublePendulum-v5"
 
 
 def train(folder: Path, env_id: str, steps: int, **settings: Any) -> None:
