@@ -172,6 +172,10 @@ class Dynamics(nn.Module):
         state = next_observations - observations if self.predicts == "difference" else next_observations
         return th.cat([state, rewards], dim=-1)
 
+    def standard_targets(self, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor) -> th.Tensor:
+        """:meth:`raw_targets`, standardised."""
+        return self.targets.transform(self.raw_targets(observations, next_observations, rewards))
+
     def decode(self, observations: th.Tensor, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Standardised targets -> (s', r) in the environment's units, within the widened range of the data."""
         raw = self.targets.inverse(targets)
@@ -199,7 +203,7 @@ class Dynamics(nn.Module):
     ) -> th.Tensor:
         """:meth:`nll` under what was predicted already."""
         mean, log_var = predicted
-        targets = self.targets.transform(self.raw_targets(observations, next_observations, rewards))
+        targets = self.standard_targets(observations, next_observations, rewards)
         return 0.5 * ((mean - targets).square() * (-log_var).exp() + log_var).sum(dim=-1)
 
     def crps_of(
@@ -215,7 +219,7 @@ class Dynamics(nn.Module):
         Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007, equation 21.
         """
         mean, log_var = predicted
-        targets = self.targets.transform(self.raw_targets(observations, next_observations, rewards))
+        targets = self.standard_targets(observations, next_observations, rewards)
         std = (0.5 * log_var).exp()
         z = (targets - mean) / std
         twice_density = math.sqrt(2 / math.pi) * (-0.5 * z.square()).exp()
@@ -225,7 +229,7 @@ class Dynamics(nn.Module):
         self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
     ) -> th.Tensor:
         """Mean squared error of each member's mean in standardised units, per target: (E, obs_dim + 1)."""
-        targets = self.targets.transform(self.raw_targets(observations, next_observations, rewards))
+        targets = self.standard_targets(observations, next_observations, rewards)
         predicted: Gaussian = self(observations, actions)
         return (predicted.mean - targets).square().mean(dim=1)
 

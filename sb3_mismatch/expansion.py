@@ -65,7 +65,8 @@ class Expanding(FastSAC):
 
     def _scale_to(self, paid: th.Tensor, slack: float = 0.0) -> None:
         """
-        Choose the critics' unit so that values lie about [-1, 1], and bound what they learn.
+        Choose the critics' unit so that values lie about [-1, 1], and bound what they learn; at first, where the
+        temperature starts too.
 
         Adam moves an output by about its learning rate a step: from zero up to a return of hundreds is a long way.
 

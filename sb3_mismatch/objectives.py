@@ -120,11 +120,7 @@ OBJECTIVES: dict[str, Objective] = {
     "mnm": Objective(reward=lower_bound_reward, model_loss=joint_loss, takes_log=True),
     "mnm-gamma": Objective(reward=discounted_bound_reward, model_loss=discounted_joint_loss, takes_log=True),
     "mnm-approx": Objective(
-        reward=realistic_reward,
-        model_loss=adversarial_loss,
-        log_ratio_weight=0.1,
-        adversarial_weight=0.1,
-        centred=True,
+        reward=realistic_reward, model_loss=adversarial_loss, log_ratio_weight=0.1, adversarial_weight=0.1, centred=True
     ),
     "vmbpo": Objective(reward=realistic_reward, model_loss=joint_loss),
     "mbpo": Objective(reward=task_reward, model_loss=likelihood_loss, uses_classifier=False),

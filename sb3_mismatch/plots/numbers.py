@@ -186,8 +186,7 @@ def calibration_of(model: "ModelBased", data: RealTransitions) -> Calibration:
     elites = dynamics.elites
     stacked = (x.expand(len(elites), *x.shape) for x in (held.observations, held.actions))
     mean, log_var = (x.double().cpu().numpy() for x in dynamics(*stacked, elites))
-    raw = dynamics.raw_targets(held.observations, held.next_observations, held.rewards)
-    targets = dynamics.targets.transform(raw).double().cpu().numpy()
+    targets = dynamics.standard_targets(held.observations, held.next_observations, held.rewards).double().cpu().numpy()
     observed = coverage(mean, np.exp(0.5 * log_var), targets, LEVELS)
     return Calibration([*names(model.world.observations), "reward"], LEVELS, observed, len(targets))
 
@@ -230,6 +229,6 @@ def prediction_errors(model: "ModelBased", data: RealTransitions) -> tuple[list[
     dynamics, held = model.world.dynamics, held_out(model, data)
     elites = dynamics.elites
     stacked = (x.expand(len(elites), *x.shape) for x in (held.observations, held.actions))
-    raw = dynamics.raw_targets(held.observations, held.next_observations, held.rewards)
-    error = dynamics(*stacked, elites)[0].mean(dim=0) - dynamics.targets.transform(raw)
+    targets = dynamics.standard_targets(held.observations, held.next_observations, held.rewards)
+    error = dynamics(*stacked, elites)[0].mean(dim=0) - targets
     return [*names(model.world.observations), "reward"], error.double().cpu().numpy()
