@@ -23,12 +23,13 @@ from stable_baselines3.sac.policies import Actor
 from stable_baselines3.sac.policies import SACPolicy as Policy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
 from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 from sb3_mismatch.objectives import Objective, Payment
+from sb3_mismatch.replaying import Replayed
 
 #: what an activation without parameters computes
 ACTIVATIONS: dict[type[nn.Module], Callable[[th.Tensor], th.Tensor]] = {
@@ -414,7 +415,8 @@ class CompiledStep:
     def __init__(self, spec: Spec, device: th.device) -> None:
         self.spec, self.device = spec, device
         self._ready: set[Any] = set()
-        self._graph: _Graph | None = None
+        self._graph: Replayed | None = None
+        self._captured: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of an agent finds the program compiled; a captured graph belongs to the tensors it was captured with.
@@ -437,54 +439,14 @@ class CompiledStep:
     @th.no_grad()
     def __call__(self, state: State, rows: Rows, numbers: th.Tensor, world: World = ()) -> th.Tensor:
         """One gradient step in place; the log of :func:`update`."""
-        if self.device.type == "cuda":
-            if self._graph is None or not self._graph.fits(state, rows):
-                self._graph = _Graph(program(self.spec), state, rows, numbers, world)
-            return self._graph(rows, numbers)
-        return program(self.spec)(state, rows, numbers, world)
-
-
-class _Graph:
-    """The program captured as a CUDA graph on the agent's tensors; minibatches are copied to where it reads them."""
-
-    def __init__(
-        self,
-        step: Callable[[State, Rows, th.Tensor, World], th.Tensor],
-        state: State,
-        rows: Rows,
-        numbers: th.Tensor,
-        world: World,
-    ) -> None:
-        self._state, self._rows, self._numbers = (
-            tensors(state),
-            tree_map_only(th.Tensor, th.clone, rows),
-            numbers.clone(),
-        )
-        before = [x.clone() for x in self._state]
-        # Capture wants a few runs on a stream of its own beforehand, which must leave no trace.
-        stream = th.cuda.Stream()
-        stream.wait_stream(th.cuda.current_stream())
-        with th.cuda.stream(stream):
-            for _ in range(3):
-                step(state, self._rows, self._numbers, world)
-        th.cuda.current_stream().wait_stream(stream)
-        self._graph = th.cuda.CUDAGraph()
-        with th.cuda.graph(self._graph):
-            self._log = step(state, self._rows, self._numbers, world)
-        for x, old in zip(self._state, before, strict=True):
-            x.copy_(old)
-
-    def fits(self, state: State, rows: Rows) -> bool:
-        """Whether it was captured on these tensors, for minibatches of this shape."""
-        same = all(x.data_ptr() == y.data_ptr() for x, y in zip(self._state, tensors(state), strict=True))
-        return same and _key(rows) == _key(self._rows)
-
-    def __call__(self, rows: Rows, numbers: th.Tensor) -> th.Tensor:
-        for place, x in zip(tree_leaves((self._rows, self._numbers)), tree_leaves((rows, numbers)), strict=True):
-            if x is not None:
-                place.copy_(x)
-        self._graph.replay()
-        return self._log.clone()
+        if self.device.type != "cuda":
+            return program(self.spec)(state, rows, numbers, world)
+        key = (_key(rows), *(x.data_ptr() for x in tensors(state)))
+        if self._graph is None or self._captured != key:
+            self._captured = key
+            self._graph = Replayed(lambda rows, numbers: program(self.spec)(state, rows, numbers, world))
+        log: th.Tensor = self._graph(rows, numbers)
+        return log
 
 
 def _copied(part: Any) -> Any:

@@ -14,6 +14,7 @@ from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics, Gaussian
 from sb3_mismatch.objectives import Objective
+from sb3_mismatch.replaying import Replayed
 from sb3_mismatch.settings import check_count, check_number
 
 #: minibatch of rows (E, N, .), one block per member -> what each member minimises, (E,)
@@ -217,6 +218,7 @@ def fit_dynamics(
 
     bootstrap = train[th.randint(len(train), (n_members, len(train)), device=device)]
     columns = th.randint(len(train), (settings.max_steps, n_members, settings.batch_size), device=device)
+    step = training_step(dynamics, optimizer, batch, bootstrap, loss)
     check_every = min(max(len(train) // settings.batch_size, 50), 100)
     # Ends are judged apart from states and rewards: their heads share no parameter with the others.
     best_body = BestMembers(_Body(dynamics), settings.threshold, optimizer)
@@ -232,7 +234,8 @@ def fit_dynamics(
     dynamics.train()
     while steps < settings.max_steps and idle < settings.patience:
         block = columns[steps : steps + check_every]
-        training_steps(dynamics, optimizer, batch, bootstrap, block, loss)
+        for column in block:
+            step(column)
         steps += len(block)
         idle = 0 if check() else idle + 1
     dynamics.eval()
@@ -262,30 +265,36 @@ def fit_dynamics(
     }
 
 
-def training_steps(
+def training_step(
     dynamics: Dynamics,
     optimizer: th.optim.Optimizer,
     batch: ReplayBufferSamples,
     bootstrap: th.Tensor,
-    columns: th.Tensor,
     loss: ModelLoss,
-) -> None:
+) -> Callable[[th.Tensor], None]:
     """
-    Gradient steps of all members at once; nothing waits for the device.
+    A gradient step of all members at once, which does not wait for the device; on CUDA a graph after the first few.
 
     :param batch: all rows, (n, .)
     :param bootstrap: which of them each member learns from, (E, n)
-    :param columns: which of these its minibatches hold, (steps, E, batch_size)
     :param loss: as for :func:`fit_dynamics`
+    :return: takes a step on the rows of the bootstraps that are given, (E, batch_size)
     """
     parameters = list(dynamics.parameters())
-    for column in columns:
+
+    def step(column: th.Tensor) -> None:
         index = bootstrap.gather(1, column)
         rows = ReplayBufferSamples(*(c[index] for c in batch[:5]))
         total = loss(rows) + _end_loss(dynamics, rows) + dynamics.log_var_penalty()
         optimizer.zero_grad()
         total.sum().backward(inputs=parameters)
         optimizer.step()
+
+    if bootstrap.device.type != "cuda":
+        return step
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    return Replayed(step)
 
 
 class _Body(nn.Module):

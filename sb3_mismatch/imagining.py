@@ -56,6 +56,7 @@ class Imagining(OffPolicyAlgorithm):
     _lowest_value: float
     _highest_value: float
     _starts_each: int = 0
+    _kept_normalization: Normalization | None = None
 
     # -- for people --
 
@@ -248,8 +249,19 @@ class Imagining(OffPolicyAlgorithm):
 
     def _normalization(self) -> Normalization | None:
         """VecNormalize's statistics as they stand now."""
+        if self._kept_normalization is not None:
+            return self._kept_normalization
         env = self._vec_normalize_env
         return None if env is None else Normalization.of(env, self.world.observations, self.device)
+
+    @contextmanager
+    def _keeping_normalization(self) -> Iterator[None]:
+        """While it lasts no step of the environment moves VecNormalize's statistics, which go to the device once."""
+        self._kept_normalization = self._normalization()
+        try:
+            yield
+        finally:
+            self._kept_normalization = None
 
     def _seen(self, flat: th.Tensor) -> TensorObservations:
         """Raw flat observations (n, dim) as the policy takes them: normalised, in the space's shape."""

@@ -190,7 +190,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         :raises ValueError: when data, a fit or the update is not finite, or a reward has no logarithm
         """
         self.policy.set_training_mode(False)
-        with self._streams.active():
+        with self._keeping_normalization(), self._streams.active():
             if self._world_is_due():
                 data = self._real_transitions()
                 self._set_unit(data)
@@ -212,7 +212,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             elif self._expands and self._unit is None and self._n_rows > 0:
                 # Critics that have learned in one unit would err in another.
                 self._set_unit(self._real_transitions())
-        with self._serving(gradient_steps):
+        with self._keeping_normalization(), self._serving(gradient_steps):
             super().train(gradient_steps, batch_size)
         for name, value in self._world_log.items():
             self.logger.record(name, value)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -9,13 +10,14 @@ import pytest
 import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.testing import assert_close
 from toys import LinearSystem, rows_of
 
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
-from sb3_mismatch.fitting import FitSettings, Terms, fit_dynamics, split_holdout
+from sb3_mismatch.fitting import FitSettings, Terms, fit_dynamics, split_holdout, training_step
 from sb3_mismatch.objectives import OBJECTIVES, Objective
 
 
@@ -461,3 +463,21 @@ def test_optimistic_dynamics_lean_towards_value():
     drawn = dynamics.sample(th.randn(5000, 1), th.randn(5000, 1))[0]
     assert drawn.mean().item() == pytest.approx(gamma, abs=0.1)
     assert drawn.std().item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
+def test_replayed_on_cuda_equals_plain():
+    data = LinearSystem().draw(500)
+    rows = [column.cuda() for column in data.batch[:5]]
+    plain = Dynamics(3, 1, n_members=3, n_elites=3, net_arch=[32, 32]).cuda()
+    twin = deepcopy(plain)
+    bootstrap = th.randint(500, (3, 500), device="cuda")
+    steps = []
+    for dynamics in (plain, twin):
+        optimizer = th.optim.Adam(dynamics.parameters(), lr=1e-3, fused=True)
+        batch = ReplayBufferSamples(*rows)
+        steps.append(training_step(dynamics, optimizer, batch, bootstrap, likelihood(dynamics)))
+    for column in th.randint(500, (20, 3, 64), device="cuda"):
+        steps[0]._step(column)
+        steps[1](column)
+    assert_close(twin.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)

@@ -167,7 +167,7 @@ def ensemble(s: dict[str, Any]) -> Work:
     import torch as th
     from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-    from sb3_mismatch.fitting import training_steps
+    from sb3_mismatch.fitting import training_step
     from sb3_mismatch.world import WEIGHT_DECAY
 
     n, members = s["rows"], s["members"]
@@ -181,9 +181,11 @@ def ensemble(s: dict[str, Any]) -> Work:
         nll: th.Tensor = dynamics.nll(rows.observations, rows.actions, rows.next_observations, rows.rewards)
         return nll.mean(dim=1)
 
+    step = training_step(dynamics, optimizer, batch, bootstrap, loss)
+
     def work(steps: int) -> None:
-        columns = th.randint(n, (steps, members, s["batch_size"]))
-        training_steps(dynamics, optimizer, batch, bootstrap, columns, loss)
+        for column in th.randint(n, (steps, members, s["batch_size"])):
+            step(column)
 
     return work
 
