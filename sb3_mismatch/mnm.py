@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch as th
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 
 from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, random_states, real_transitions
@@ -29,6 +31,8 @@ SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 #: The world waits until the replay buffer holds this many transitions; until then the base algorithm learns alone.
 FEWEST_ROWS = 256
+#: A world that leaves no more than this share of what happens unexplained is one for a policy to begin in.
+WELL_EXPLAINED = 0.1
 
 
 class ModelBased(Guarded, SavedWithWorld, Imagining):
@@ -50,6 +54,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param imagined_n_steps: imagined rows hold n-step returns of so many steps, at most the horizon: values travel
         faster than by single steps, and the actions are those of the policy at the last fit (MBPO: 1). As in SB3's
         n-step buffer, the entropy of the steps between is not paid.
+    :param max_random_steps: actions stay random and the policy waits until the world explains nine tenths of what
+        happens on held-out rows, at most for so many environment steps: what a policy learns in a poor world it has to
+        unlearn; 0: ``learning_starts`` alone counts
     :param model_train_freq: environment steps between two fits of the world (MBPO: 250)
     :param imagine_freq: environment steps between two refreshments of what is imagined, each of so many steps' rows,
         the oldest giving way (DHMBPO: 20); ``None``: at fits alone
@@ -83,6 +90,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         real_ratio: float | str = "auto",
         horizon: int | Sequence[int] = 5,
         imagined_n_steps: int = 5,
+        max_random_steps: int = 0,
         model_train_freq: int = 250,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
@@ -109,6 +117,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.real_ratio = real_ratio
         self.horizon = horizon
         self.imagined_n_steps = imagined_n_steps
+        self.max_random_steps = max_random_steps
         self.model_train_freq = model_train_freq
         self.imagine_freq = imagine_freq
         self.imagined_per_step = imagined_per_step
@@ -212,10 +221,24 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             elif self._expands and self._unit is None and self._n_rows > 0:
                 # Critics that have learned in one unit would err in another.
                 self._set_unit(self._real_transitions())
-        with self._keeping_normalization(), self._serving(gradient_steps):
-            super().train(gradient_steps, batch_size)
+        if not self._waits:
+            with self._keeping_normalization(), self._serving(gradient_steps):
+                super().train(gradient_steps, batch_size)
         for name, value in self._world_log.items():
             self.logger.record(name, value)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether actions stay random and the policy as it is, for want of a world."""
+        is_early = self.real_ratio != 1 and self.num_timesteps < self.max_random_steps
+        return is_early and self._unexplained > WELL_EXPLAINED
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The base algorithm's; at random for as long as the policy waits."""
+        random_steps = max(learning_starts, self.max_random_steps) if self._waits else learning_starts
+        return super()._sample_action(random_steps, action_noise, n_envs)
 
     @property
     def _n_rows(self) -> int:
@@ -349,13 +372,15 @@ class MnM(ModelBased, Expanding):
         self,
         *args: Any,
         expansion: int = 5,
+        max_random_steps: int = 1000,
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,
         imagined_per_step: int = 200,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        own: dict[str, Any] = {"horizon": horizon, "imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
+        own: dict[str, Any] = {"max_random_steps": max_random_steps, "horizon": horizon}
+        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
         if _init_setup_model:
@@ -382,11 +407,12 @@ class MBPO(MnM):
         real_ratio: float | str = 0.1,
         horizon: int | Sequence[int] = 1,
         imagined_n_steps: int = 1,
+        max_random_steps: int = 0,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
-        own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps}
+        own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "max_random_steps": max_random_steps}
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, **kwargs)

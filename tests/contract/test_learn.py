@@ -1,11 +1,12 @@
 """D: learn() and data collection."""
 
 import io
+import math
 
 import numpy as np
 import pytest
 import torch as th
-from agents import BoxEnv, assert_same, environments, policy_contents, small, trained, world_contents
+from agents import BoxEnv, assert_same, environments, policy_contents, small, soon, trained, world_contents
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
@@ -69,6 +70,21 @@ def test_d5_training_begins_behind_learning_starts():
     model = trained(steps=51)
     assert model._n_updates == 1
     assert model._fitted_at == 51
+
+
+def test_d5_the_policy_waits_for_its_world(monkeypatch):
+    # No world explains more than there is.
+    monkeypatch.setattr(mnm, "WELL_EXPLAINED", -1.0)
+    soon(monkeypatch, 50)
+    model = trained(steps=80, max_random_steps=81)
+    assert (model._n_updates, model._fitted_at) == (0, 51)
+    # Uniform actions reach where those of an untrained policy hardly do.
+    assert np.abs(model.replay_buffer.actions[60:80]).mean() == pytest.approx(0.5, abs=0.2)
+    assert model.learn(5, reset_num_timesteps=False)._n_updates == 5
+    assert trained(steps=80, max_random_steps=80, real_ratio=1)._n_updates == 30
+
+    monkeypatch.setattr(mnm, "WELL_EXPLAINED", math.inf)
+    assert trained(steps=80, max_random_steps=80)._n_updates == 30
 
 
 def test_d5_without_gradient_steps_nothing_is_trained():
