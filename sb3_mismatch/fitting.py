@@ -26,7 +26,7 @@ Value = Callable[[th.Tensor], th.Tensor]
 
 #: A fit that ends so many nats above where it began has exploded; noise and overfitting move it by a few.
 EXPLOSION = 10.0
-#: Of the continuous ranked probability score beside the likelihood: about as steep where noise is 1/200 of the spread.
+#: Of the continuous ranked probability score: about as steep as the likelihood where noise is 1/200 of the residual.
 CRPS_WEIGHT = 200.0
 
 
@@ -56,7 +56,7 @@ class Terms:
 
     @cached_property
     def crps(self) -> th.Tensor:
-        """The continuous ranked probability score of q(s', r | s, a), in 1/200 of a standard deviation: (E,)."""
+        """The continuous ranked probability score of q(s', r | s, a), in 1/200 of a residual's deviation: (E,)."""
         rows = self._rows
         crps = self._dynamics.crps_of(self._predicted, rows.observations, rows.next_observations, rows.rewards)
         return self._row.likelihood_weight * CRPS_WEIGHT * crps.mean(dim=1)
@@ -309,10 +309,9 @@ class _Body(nn.Module):
 def _standardise(dynamics: Dynamics, batch: ReplayBufferSamples, train: th.Tensor) -> None:
     """Set the scales of inputs and targets, and the range of the data, from the training rows."""
     observations, actions, next_observations, _, rewards = (c[train] for c in batch[:5])
-    dynamics.inputs.fit(th.cat([observations, actions], dim=1))
+    dynamics.fit_scales(observations, actions, dynamics.raw_targets(observations, next_observations, rewards))
     dynamics.next_observations.fit(next_observations)
     dynamics.healthy_range.fit(next_observations, batch.dones[train])
-    dynamics.targets.fit(dynamics.raw_targets(observations, next_observations, rewards))
     seen = th.cat([th.cat([observations, next_observations]), th.cat([rewards, rewards])], dim=1)
     dynamics.low.copy_(seen.amin(dim=0))
     dynamics.high.copy_(seen.amax(dim=0))

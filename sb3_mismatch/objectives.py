@@ -31,7 +31,7 @@ class ModelTerms(Protocol):
 
     @property
     def crps(self) -> th.Tensor:
-        """Continuous ranked probability score of q(s', r | s, a) at the real transition, in 1/200 of a deviation."""
+        """Continuous ranked probability score of q(s', r | s, a) at the real transition, in 1/200 of a residual."""
 
     @property
     def log_ratio(self) -> th.Tensor:
@@ -74,8 +74,8 @@ def likelihood_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
 
 
 def adversarial_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
-    """L = -log q + CRPS(q) - log C/(1-C)."""
-    return terms.nll + terms.crps - terms.log_ratio
+    """L = CRPS(q) - log C/(1-C)."""
+    return terms.crps - terms.log_ratio
 
 
 def joint_loss(terms: ModelTerms, gamma: float) -> th.Tensor:

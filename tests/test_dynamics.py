@@ -22,6 +22,8 @@ def ensemble(n_members: int = 5, n_elites: int = 3, **kwargs) -> Dynamics:
     dynamics.inputs.fit(3 * th.randn(50, 5) + 1)
     dynamics.next_observations.fit(2 * th.randn(50, 3) - 1)
     dynamics.targets.fit(th.tensor([0.1, 1.0, 10.0, 100.0]) * th.randn(50, 4) + 5)
+    dynamics.slope.normal_(std=0.1)
+    dynamics.residual.uniform_(0.1, 1.0)
     dynamics.holdout_loss.copy_(th.tensor([0.5, 0.1, 0.4, 0.2, 0.3])[:n_members])
     return dynamics
 
@@ -37,6 +39,7 @@ def certain(dynamics: Dynamics) -> Dynamics:
 def by_hand(dynamics: Dynamics, member: int, s: th.Tensor, a: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """One member's mean and log-variance by ordinary linear layers: (N, obs_dim + 1) each."""
     x = (th.cat([s, a], dim=1) - dynamics.inputs.mean) / dynamics.inputs.std
+    linear = x @ dynamics.slope
     *hidden, last = dynamics.body.layers
     for layer in hidden:
         x = x @ layer.weight[member] + layer.bias[member]
@@ -46,7 +49,8 @@ def by_hand(dynamics: Dynamics, member: int, s: th.Tensor, a: th.Tensor) -> tupl
     out = x @ last.weight[member] + last.bias[member]
     mean, log_var = out[:, :4], 5 * out[:, 4:]
     log_var = dynamics.max_log_var[member] - F.softplus(dynamics.max_log_var[member] - log_var)
-    return mean, dynamics.min_log_var[member] + F.softplus(log_var - dynamics.min_log_var[member])
+    log_var = dynamics.min_log_var[member] + F.softplus(log_var - dynamics.min_log_var[member])
+    return linear + dynamics.residual * mean, log_var + th.log(dynamics.residual**2)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -67,7 +71,7 @@ def test_batched_members_are_the_members(layer_norm):
 
 def test_log_variances_keep_their_bounds():
     dynamics = ensemble()
-    log_var = dynamics(1e3 * th.randn(5, 50, 3), 1e3 * th.randn(5, 50, 2)).log_var
+    log_var = dynamics(1e3 * th.randn(5, 50, 3), 1e3 * th.randn(5, 50, 2)).log_var - (dynamics.residual**2).log()
     assert log_var.max() <= 0.5 + 1e-3
     assert log_var.min() >= -10
     # Both ends are reached: softplus has let go.
@@ -75,15 +79,14 @@ def test_log_variances_keep_their_bounds():
     assert log_var.min() < -9.9
 
 
-@pytest.mark.parametrize("predicts", ["difference", "state"])
-def test_certain_sample_is_the_members_mean(predicts):
-    dynamics = certain(ensemble(predicts=predicts))
+def test_certain_sample_is_the_members_mean():
+    dynamics = certain(ensemble())
     s, a = th.randn(5, 4, 3), th.randn(5, 4, 2)
     next_s, reward = dynamics.rsample(s, a)
     for member in range(5):
         mean, _ = by_hand(dynamics, member, s[member], a[member])
         raw = mean * dynamics.targets.std + dynamics.targets.mean
-        assert_close(next_s[member], raw[:, :3] + (s[member] if predicts == "difference" else 0), rtol=1e-4, atol=1e-4)
+        assert_close(next_s[member], raw[:, :3] + s[member], rtol=1e-4, atol=1e-4)
         assert_close(reward[member], raw[:, 3:], rtol=1e-4, atol=1e-4)
 
 
@@ -155,21 +158,22 @@ def test_nll_is_the_gaussians():
 
 
 def test_crps_is_the_integral_of_its_definition():
-    """∫ (F(y) - 1[y >= target])² dy, over a grid."""
+    """∫ (F(y) - 1[y >= target])² dy over a grid, in residuals."""
     dynamics = ensemble()
     s, a, s2, r = th.randn(5, 7, 3), th.randn(5, 7, 2), th.randn(5, 7, 3), 100 * th.randn(5, 7, 1)
     predicted = dynamics(s, a)
     crps = dynamics.crps_of(predicted, s, s2, r)
     assert crps.shape == (5, 7)
     targets = dynamics.targets.transform(dynamics.raw_targets(s, s2, r)).double()
-    y = th.linspace(-60, 60, 120_001, dtype=th.double)
+    y = th.linspace(-200, 200, 400_001, dtype=th.double)
     for member, row in ((0, 0), (4, 6)):
         total = 0.0
         for k in range(4):
             normal = th.distributions.Normal(
                 predicted.mean[member, row, k].double(), (0.5 * predicted.log_var[member, row, k].double()).exp()
             )
-            total += th.trapezoid((normal.cdf(y) - (y >= targets[member, row, k]).double()).square(), y).item()
+            square = (normal.cdf(y) - (y >= targets[member, row, k]).double()).square()
+            total += (th.trapezoid(square, y) / dynamics.residual[k]).item()
         assert crps[member, row].item() == pytest.approx(total, rel=2e-3)
 
 
@@ -241,7 +245,6 @@ def test_weight_decay_grows_towards_the_output():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"predicts": "velocity"}, "predicts='velocity' is unknown: use 'difference' or 'state'"),
         ({"n_members": 2, "n_elites": 3}, "n_elites=3 must lie between 1 and n_members=2"),
         ({"n_elites": 0}, "n_elites=0 must lie between 1"),
     ],

@@ -54,7 +54,7 @@ def test_rewards_by_hand(equation, expected):
     ("equation", "expected"),
     [
         (likelihood_loss, [1.0, 2.0]),
-        (adversarial_loss, [3.5, 6.5]),
+        (adversarial_loss, [2.5, 4.5]),
         (joint_loss, [1 - 0.5 - 9, 2 + 0.5 - 18]),
         (discounted_joint_loss, [1 - 0.45 - 9, 2 + 0.45 - 18]),
     ],
