@@ -107,8 +107,9 @@ class Dynamics(nn.Module):
     Everything outside is in the environment's own units (actions scaled to [-1, 1]); inputs and targets are
     standardised inside. Each learned state dimension and the reward has its own scale.
 
-    What a linear regression foretells is not left to the networks: these learn the residual, in units of its own
-    standard deviation. Much of a step of physics is linear, and a network takes thousands of rows to find that.
+    What a linear regression on s, a and a² foretells is not left to the networks: these learn the residual, in units of
+    its own standard deviation. Much of a step of physics is linear and most rewards charge for the square of the
+    action: a network takes thousands of rows to find that.
 
     :param obs_dim: size of the flat observation
     :param action_dim: size of the flat action
@@ -144,7 +145,8 @@ class Dynamics(nn.Module):
         self.inputs = Standardizer(obs_dim + action_dim)
         self.targets = Standardizer(n_targets)
         # The linear regression, and the residual's standard deviation, both of standardised quantities.
-        self.register_buffer("slope", th.zeros(obs_dim + action_dim, n_targets))
+        self.action_dim = action_dim
+        self.register_buffer("slope", th.zeros(obs_dim + 2 * action_dim, n_targets))
         self.register_buffer("residual", th.ones(n_targets))
         self.next_observations = Standardizer(obs_dim)
         self.body = EnsembleMLP(n_members, obs_dim + action_dim, net_arch, 2 * n_targets, layer_norm)
@@ -175,7 +177,11 @@ class Dynamics(nn.Module):
         low = self.min_log_var if members is None else self.min_log_var[members]
         log_var = high - F.softplus(high - log_var)
         log_var = low + F.softplus(log_var - low)
-        return Gaussian(x @ self.slope + self.residual * mean, log_var + 2 * self.residual.log())
+        return Gaussian(self._regressors(x) @ self.slope + self.residual * mean, log_var + 2 * self.residual.log())
+
+    def _regressors(self, x: th.Tensor) -> th.Tensor:
+        """Standardised (s, a) -> s, a and a², of mean zero: (..., obs_dim + 2 action_dim)."""
+        return th.cat([x, x[..., -self.action_dim :].square() - 1], dim=-1)
 
     @th.no_grad()
     def fit_scales(self, observations: th.Tensor, actions: th.Tensor, targets: th.Tensor) -> None:
@@ -187,7 +193,7 @@ class Dynamics(nn.Module):
         x = th.cat([observations, actions], dim=1)
         self.inputs.fit(x)
         self.targets.fit(targets)
-        x, y = self.inputs.transform(x).double(), self.targets.transform(targets).double()
+        x, y = self._regressors(self.inputs.transform(x)).double(), self.targets.transform(targets).double()
         ridge = RIDGE * len(x) * th.eye(x.shape[1], dtype=x.dtype, device=x.device)
         slope = th.linalg.solve(x.T @ x + ridge, x.T @ y)
         self.slope.copy_(slope)

@@ -98,8 +98,8 @@ class FitSettings:
     :param threshold: fall of the loss on held-out rows, in nats per target, that counts as progress
     """
 
-    max_steps: int = 400
-    classifier_steps: int = 100
+    max_steps: int = 80
+    classifier_steps: int = 20
     batch_size: int = 64
     holdout_ratio: float = 0.2
     max_holdout: int = 1000

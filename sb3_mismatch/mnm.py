@@ -91,7 +91,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         horizon: int | Sequence[int] = 5,
         imagined_n_steps: int = 5,
         max_random_steps: int = 0,
-        model_train_freq: int = 250,
+        model_train_freq: int = 50,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
         n_members: int = 5,
@@ -106,7 +106,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         dynamics_kwargs: dict[str, Any] | None = None,
         classifier_kwargs: dict[str, Any] | None = None,
         fit_kwargs: dict[str, Any] | None = None,
-        figures_every: int = 10,
+        figures_every: int = 50,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:

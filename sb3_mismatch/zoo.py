@@ -47,7 +47,7 @@ def sample_mbpo(trial: optuna.Trial, n_actions: int, n_envs: int, additional_arg
         "gradient_steps": trial.suggest_categorical("gradient_steps", [1, 5, 10, 20, 40]),
         "real_ratio": trial.suggest_categorical("real_ratio", [0.05, 0.1, 0.2, 0.5]),
         "horizon": trial.suggest_int("horizon", 1, 10, log=True),
-        "model_train_freq": trial.suggest_categorical("model_train_freq", [125, 250, 500, 1000]),
+        "model_train_freq": trial.suggest_categorical("model_train_freq", [25, 50, 100, 250]),
         "imagined_per_step": trial.suggest_categorical("imagined_per_step", [50, 100, 200, 400]),
     }
 

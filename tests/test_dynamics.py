@@ -39,7 +39,7 @@ def certain(dynamics: Dynamics) -> Dynamics:
 def by_hand(dynamics: Dynamics, member: int, s: th.Tensor, a: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """One member's mean and log-variance by ordinary linear layers: (N, obs_dim + 1) each."""
     x = (th.cat([s, a], dim=1) - dynamics.inputs.mean) / dynamics.inputs.std
-    linear = x @ dynamics.slope
+    linear = th.cat([x, x[:, 3:] ** 2 - 1], dim=1) @ dynamics.slope
     *hidden, last = dynamics.body.layers
     for layer in hidden:
         x = x @ layer.weight[member] + layer.bias[member]
