@@ -51,7 +51,7 @@ def test_it_says_what_there_is(saved, capsys):
         r"environment steps +120",
         r"updates +70",
         r"world fitted +at step 60",
-        r"model_train_freq +\d+ +default 250",
+        r"model_train_freq +\d+ +default 50",
         r"n_elites +2 +default 3",
         r"World: 2 of 3 members imagine",
         r"One step, \d+ transitions of agent_replay_buffer.pkl, held out",
