@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 
@@ -31,8 +32,8 @@ SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
 
 #: The world waits until the replay buffer holds this many transitions; until then the base algorithm learns alone.
 FEWEST_ROWS = 256
-#: A world that leaves no more than this share of what happens unexplained is one for a policy to begin in.
-WELL_EXPLAINED = 0.1
+#: ``random_steps="auto"``: so many for each number in observation and action, from as many as a world needs on.
+RANDOM_STEPS_EACH, MOST_RANDOM_STEPS = 40, 1000
 
 
 class ModelBased(Guarded, SavedWithWorld, Imagining):
@@ -54,9 +55,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param imagined_n_steps: imagined rows hold n-step returns of so many steps, at most the horizon: values travel
         faster than by single steps, and the actions are those of the policy at the last fit (MBPO: 1). As in SB3's
         n-step buffer, the entropy of the steps between is not paid.
-    :param max_random_steps: actions stay random and the policy waits until the world explains nine tenths of what
-        happens on held-out rows, at most for so many environment steps: what a policy learns in a poor world it has to
-        unlearn; 0: ``learning_starts`` alone counts
+    :param random_steps: so many environment steps actions are random and the policy waits, while the world learns
+        already: what a policy learns in a poor world it has to unlearn. "auto": 40 for each number in observation and
+        action, 256 to 1,000; 0: ``learning_starts`` alone counts
     :param model_train_freq: environment steps between two fits of the world (MBPO: 250)
     :param imagine_freq: environment steps between two refreshments of what is imagined, each of so many steps' rows,
         the oldest giving way (DHMBPO: 20); ``None``: at fits alone
@@ -90,7 +91,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         real_ratio: float | str = "auto",
         horizon: int | Sequence[int] = 5,
         imagined_n_steps: int = 5,
-        max_random_steps: int = 0,
+        random_steps: int | str = 0,
         model_train_freq: int = 50,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
@@ -117,7 +118,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.real_ratio = real_ratio
         self.horizon = horizon
         self.imagined_n_steps = imagined_n_steps
-        self.max_random_steps = max_random_steps
+        self.random_steps = random_steps
         self.model_train_freq = model_train_freq
         self.imagine_freq = imagine_freq
         self.imagined_per_step = imagined_per_step
@@ -229,16 +230,23 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
 
     @property
     def _waits(self) -> bool:
-        """Whether actions stay random and the policy as it is, for want of a world."""
-        is_early = self.real_ratio != 1 and self.num_timesteps < self.max_random_steps
-        return is_early and self._unexplained > WELL_EXPLAINED
+        """Whether actions are still random and the policy waits for its world."""
+        return self.real_ratio != 1 and self.num_timesteps < self._n_random_steps
+
+    @property
+    def _n_random_steps(self) -> int:
+        if not isinstance(self.random_steps, str):
+            return self.random_steps
+        n_inputs = self.world.observations.dim + spaces.flatdim(self.action_space)
+        return min(max(RANDOM_STEPS_EACH * n_inputs, FEWEST_ROWS), MOST_RANDOM_STEPS)
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """The base algorithm's; at random for as long as the policy waits."""
-        random_steps = max(learning_starts, self.max_random_steps) if self._waits else learning_starts
-        return super()._sample_action(random_steps, action_noise, n_envs)
+        if self._waits:
+            learning_starts = max(learning_starts, self._n_random_steps)
+        return super()._sample_action(learning_starts, action_noise, n_envs)
 
     @property
     def _n_rows(self) -> int:
@@ -372,14 +380,14 @@ class MnM(ModelBased, Expanding):
         self,
         *args: Any,
         expansion: int = 5,
-        max_random_steps: int = 1000,
+        random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,
         imagined_per_step: int = 200,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        own: dict[str, Any] = {"max_random_steps": max_random_steps, "horizon": horizon}
+        own: dict[str, Any] = {"random_steps": random_steps, "horizon": horizon}
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
@@ -407,12 +415,12 @@ class MBPO(MnM):
         real_ratio: float | str = 0.1,
         horizon: int | Sequence[int] = 1,
         imagined_n_steps: int = 1,
-        max_random_steps: int = 0,
+        random_steps: int | str = 0,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
-        own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "max_random_steps": max_random_steps}
+        own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "random_steps": random_steps}
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, **kwargs)

@@ -51,8 +51,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_number(name, settings[name], 0, 1)
     if settings.get("expansion", 0) != 0:
         check_count("expansion", settings["expansion"], "0 for none, or ")
-    if settings["max_random_steps"] != 0:
-        check_count("max_random_steps", settings["max_random_steps"], "0 for none, or ")
+    if settings["random_steps"] not in (0, "auto"):
+        check_count("random_steps", settings["random_steps"], "'auto', 0 for none, or ")
     for name in COUNTS:
         check_count(name, settings[name])
     if settings["imagine_freq"] is not None:

@@ -37,7 +37,7 @@ def world_settings(**changed: Any) -> dict[str, Any]:
 
 def small(**changed: Any) -> dict[str, Any]:
     """Both, of an agent that learns in whatever world there is."""
-    return {**sac_settings(), **world_settings(), "max_random_steps": 0, **changed}
+    return {**sac_settings(), **world_settings(), "random_steps": 0, **changed}
 
 
 def soon(monkeypatch, rows: int = 60) -> None:

@@ -318,7 +318,7 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"model_train_freq": 0}, "model_train_freq=0"),
         ({"imagined_per_step": -1}, "imagined_per_step=-1"),
         ({"imagined_n_steps": 0}, "imagined_n_steps=0"),
-        ({"max_random_steps": -1}, "max_random_steps=-1 must be 0 for none, or a whole number of at least 1"),
+        ({"random_steps": -1}, "random_steps=-1 must be 'auto', 0 for none, or a whole number of at least 1"),
         ({"log_ratio_weight": -1.0}, "log_ratio_weight=-1.0 must be finite and lie between 0 and inf"),
         ({"reward_shift": "automatic"}, "reward_shift='automatic' must be a number or 'auto'"),
         ({"reward_floor": 0.0}, "reward_floor=0.0"),

@@ -1,7 +1,6 @@
 """D: learn() and data collection."""
 
 import io
-import math
 
 import numpy as np
 import pytest
@@ -73,18 +72,19 @@ def test_d5_training_begins_behind_learning_starts():
 
 
 def test_d5_the_policy_waits_for_its_world(monkeypatch):
-    # No world explains more than there is.
-    monkeypatch.setattr(mnm, "WELL_EXPLAINED", -1.0)
     soon(monkeypatch, 50)
-    model = trained(steps=80, max_random_steps=81)
+    model = trained(steps=80, random_steps=81)
     assert (model._n_updates, model._fitted_at) == (0, 51)
     # Uniform actions reach where those of an untrained policy hardly do.
     assert np.abs(model.replay_buffer.actions[60:80]).mean() == pytest.approx(0.5, abs=0.2)
     assert model.learn(5, reset_num_timesteps=False)._n_updates == 5
-    assert trained(steps=80, max_random_steps=80, real_ratio=1)._n_updates == 30
+    assert trained(steps=80, random_steps=80, real_ratio=1)._n_updates == 30
 
-    monkeypatch.setattr(mnm, "WELL_EXPLAINED", math.inf)
-    assert trained(steps=80, max_random_steps=80)._n_updates == 30
+    # So many for each of three numbers of an observation and one of an action, in bounds.
+    monkeypatch.setattr(mnm, "RANDOM_STEPS_EACH", 15)
+    assert trained(steps=80, random_steps="auto")._n_updates == 21
+    monkeypatch.setattr(mnm, "MOST_RANDOM_STEPS", 70)
+    assert trained(steps=80, random_steps="auto", learning_starts=75)._n_updates == 5
 
 
 def test_d5_without_gradient_steps_nothing_is_trained():
