@@ -20,8 +20,8 @@ from sb3_mismatch.healthy_range import HealthyRange
 
 #: Rows of each member that go through the networks together on a CPU: what is between two layers stays in its cache.
 ROWS_AT_ONCE = 500
-#: Ridge of the linear regression, over the variance of its inputs: as good as a tenth of it from thousands of rows on,
-#: better from hundreds.
+#: Ridge of the linear regression, in variances of its inputs: from thousands of rows on a hundredth does as well, from
+#: hundreds it does worse.
 RIDGE = 0.1
 #: Networks are not asked for more than this share of a target's standard deviation.
 LEAST_RESIDUAL = 0.01
