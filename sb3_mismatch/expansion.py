@@ -101,6 +101,7 @@ class Expanding(FastSAC):
             with th.no_grad():
                 assert self.world.imagined.rows is not None
                 self.actor(self._seen(self.world.imagined.rows.observations[:1]), deterministic=True)
+            self.policy.set_training_mode(True)
 
     def _update(self, batch: ReplayBufferSamples) -> Losses:
         losses = super()._update(batch) if self._starts_each == 0 else self._update_ahead(batch)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.xdist_group("zoo")
 #: a world that is fitted in milliseconds, as `-params` takes it
 SMALL = [
     "learning_starts:40",
+    "random_steps:0",
     "gradient_steps:1",
     "batch_size:16",
     "buffer_size:1000",
@@ -131,7 +132,7 @@ VALUES = {
     "real_ratio": 0.2,
     "horizon": 3,
     "imagined_n_steps": 2,
-    "model_train_freq": 500,
+    "model_train_freq": 100,
     "imagined_per_step": 200,
     "log_ratio_weight": 0.5,
     "adversarial_weight": 0.02,
