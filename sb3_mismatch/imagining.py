@@ -283,12 +283,17 @@ class Imagining(OffPolicyAlgorithm):
 
     def _imagined_from(self, starts: th.Tensor, horizon: int, act: Act | None = None) -> Trajectories:
         """Trajectories in the learned world, of the current policy unless others act."""
-        # gSDE's exploration matrices belong to the environment's rollout.
+        with self._keeping_exploration():
+            return imagine(act or self._act, self.world.dynamics, self.world.outcomes, starts, horizon)
+
+    @contextmanager
+    def _keeping_exploration(self) -> Iterator[None]:
+        """Put gSDE's exploration matrices back, which belong to the environment's rollout."""
         distribution = getattr(self.actor, "action_dist", None)
         names = [name for name in ("exploration_mat", "exploration_matrices") if hasattr(distribution, name)]
         kept = {name: getattr(distribution, name) for name in names}
         try:
-            return imagine(act or self._act, self.world.dynamics, self.world.outcomes, starts, horizon)
+            yield
         finally:
             for name, matrix in kept.items():
                 setattr(distribution, name, matrix)
@@ -320,7 +325,7 @@ class Imagining(OffPolicyAlgorithm):
             paid = payment.imagined(rewards, self._log_ratio(*transitions), th.ones_like(rewards))
             return paid, world.outcomes.continuation(*transitions)
 
-        with self._streams.active():
+        with self._streams.active(), self._keeping_exploration():
             states = world.imagined.sample(-(-n // self.n_elites) * self.n_elites).observations
             if self.use_sde:
                 self.actor.reset_noise(len(states))  # type: ignore[operator]
