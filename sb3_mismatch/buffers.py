@@ -39,15 +39,15 @@ def real_transitions(
     buffer: ReplayBuffer, observations: FlatObservations, device: th.device, normalize: VecNormalize | None = None
 ) -> RealTransitions:
     """
-    All rows of a replay buffer whose stored next observation is the true one, over all its environments.
+    All rows of a replay buffer whose stored next observation is the true one, over all its environments, oldest first.
 
     Left out are ends under ``optimize_memory_usage`` (the next observation there is the next episode's first) and,
     with VecNormalize, rows whose last observation stands at its clip (SB3 stores it clipped).
 
     :raises ValueError: when an observation, action or reward is not finite
     """
-    n_steps, n_envs = buffer.size(), buffer.n_envs
-    rows = np.arange(n_steps)
+    n_envs = buffer.n_envs
+    rows = _by_age(buffer)
     compact = buffer.optimize_memory_usage
     if compact and buffer.full:
         # The row to be written next holds the newest row's successor and nothing else.
@@ -88,6 +88,12 @@ def real_transitions(
     ends = dones * (1 - timeouts)
     tensors = [th.as_tensor(x[keep], device=device) for x in (obs, actions, next_obs, ends, rewards)]
     return RealTransitions(ReplayBufferSamples(*tensors), th.as_tensor(position[keep], device=device))
+
+
+def _by_age(buffer: ReplayBuffer) -> np.ndarray:
+    """Rows of a replay buffer, oldest first."""
+    rows: np.ndarray = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+    return rows
 
 
 def random_states(buffer: ReplayBuffer, observations: FlatObservations, n: int, device: th.device) -> th.Tensor:
@@ -247,8 +253,7 @@ class Episodes(NamedTuple):
 
 def latest_episodes(buffer: ReplayBuffer, observations: FlatObservations, most: int) -> Episodes:
     """Up to ``most`` of the latest whole episodes of each environment, ended or cut by a time limit."""
-    n = buffer.size()
-    order = (np.arange(n) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
+    order = _by_age(buffer)
     firsts: list[np.ndarray] = []
     rewards: list[np.ndarray] = []
     for env in range(buffer.n_envs):

@@ -20,8 +20,7 @@ from sb3_mismatch.healthy_range import HealthyRange
 
 #: Rows of each member that go through the networks together on a CPU: what is between two layers stays in its cache.
 ROWS_AT_ONCE = 500
-#: Ridge of the linear regression, in variances of its inputs: from thousands of rows on a hundredth does as well, from
-#: hundreds it does worse.
+#: Ridge of the linear regression, in variances of its inputs.
 RIDGE = 0.1
 #: Networks are not asked for more than this share of a target's standard deviation.
 LEAST_RESIDUAL = 0.01
@@ -109,7 +108,7 @@ class Dynamics(nn.Module):
 
     What a linear regression on s, a and a² foretells is not left to the networks: these learn the residual, in units of
     its own standard deviation. Much of a step of physics is linear and most rewards charge for the square of the
-    action: a network takes thousands of rows to find that.
+    action.
 
     :param obs_dim: size of the flat observation
     :param action_dim: size of the flat action
@@ -243,7 +242,7 @@ class Dynamics(nn.Module):
 
         ∫ (F(y) - 1[y >= target])² dy of each Gaussian, lowest for the true distribution as the negative log-likelihood
         is, and no steeper for what is easily foretold: it gives up nothing that is hard, an impact of a foot among
-        smooth steps, for noise, and does not grow sure of noise, as the likelihood does where many quantities are.
+        smooth steps, for noise.
 
         Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007, equation 21.
         """
@@ -351,20 +350,9 @@ class Dynamics(nn.Module):
         predicted: Gaussian = self(*stacked)
         return predicted.mean.std(dim=0).mean(dim=-1, keepdim=True)
 
-    def parameter_groups(self, weight_decay: Sequence[float]) -> list[dict[str, object]]:
-        """
-        Parameters for the optimizer with weight decay growing towards the output (mbpo/models/constructor.py).
-
-        :param weight_decay: of the first layers, spread over the hidden ones, and last of the output layer
-        """
-        *hidden, last = self.body.layers
-        # The list is stretched over as many hidden layers as there are.
-        *inner, outer = weight_decay
-        decays = [inner[min(i * len(inner) // max(len(hidden), 1), len(inner) - 1)] for i in range(len(hidden))]
-        groups: list[dict[str, object]] = [
-            {"params": [layer.weight], "weight_decay": decay}
-            for layer, decay in zip([*hidden, last], [*decays, outer], strict=True)
-        ]
-        decayed = {id(layer.weight) for layer in self.body.layers}
-        groups.append({"params": [p for p in self.parameters() if id(p) not in decayed], "weight_decay": 0.0})
-        return groups
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+        """Parameters for the optimizer: weights of the networks decay, and nothing else does."""
+        decayed = [layer.weight for layer in self.body.layers]
+        chosen = {id(weight) for weight in decayed}
+        rest = [p for p in self.parameters() if id(p) not in chosen]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

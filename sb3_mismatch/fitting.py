@@ -1,4 +1,4 @@
-"""Fit the dynamics (bootstraps, holdout, early stop, elites) and the classifier."""
+"""Fit the dynamics (bootstraps, holdout, elites) and the classifier."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -89,28 +89,29 @@ class FitSettings:
     """
     How the world is fitted, each time from where it stands.
 
-    :param max_steps: gradient steps of the dynamics at most
+    :param dynamics_steps: gradient steps of the dynamics
     :param classifier_steps: gradient steps of the classifier
     :param batch_size: rows of a minibatch, for each member
+    :param recent_ratio: share of the dynamics' rows that are drawn among the newest: where the policy went last is
+        where it goes next, and what it seeks there may be an error
+    :param n_recent: how many rows are the newest
     :param holdout_ratio: share of real rows held out
     :param max_holdout: at most so many of them (mbpo/models/bnn.py: 5000)
-    :param patience: checks without progress of any member before the fit stops (mbpo/models/bnn.py: 5)
-    :param threshold: fall of the loss on held-out rows, in nats per target, that counts as progress
     """
 
-    max_steps: int = 80
+    dynamics_steps: int = 80
     classifier_steps: int = 20
     batch_size: int = 64
+    recent_ratio: float = 0.5
+    n_recent: int = 250
     holdout_ratio: float = 0.2
     max_holdout: int = 1000
-    patience: int = 5
-    threshold: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "classifier_steps", "batch_size", "max_holdout", "patience"):
+        for name in ("dynamics_steps", "classifier_steps", "batch_size", "n_recent", "max_holdout"):
             check_count(f"fit_kwargs[{name!r}]", getattr(self, name))
+        check_number("fit_kwargs['recent_ratio']", self.recent_ratio, 0, 1)
         check_number("fit_kwargs['holdout_ratio']", self.holdout_ratio, 0, 0.9)
-        check_number("fit_kwargs['threshold']", self.threshold, 0, 1)
 
 
 def split_holdout(data: RealTransitions, settings: FitSettings) -> tuple[th.Tensor, th.Tensor]:
@@ -137,49 +138,31 @@ def exploded(before: th.Tensor, after: th.Tensor) -> th.Tensor:
     return ~(after - before < EXPLOSION)
 
 
-class BestMembers:
+class Start:
     """
-    The best parameters of each member seen so far, by an error of each: members are kept one by one.
+    Where a fit began: the parameters of each member, and their moments in the optimizer.
 
-    A member whose last error has exploded, or whose moments in the optimizer overflow, gets these back too as they
-    were at the start: what they hold of the explosion would lead every later step astray.
+    What a member whose fit has exploded holds of that would lead every later step astray.
     """
 
-    def __init__(self, module: nn.Module, threshold: float, optimizer: th.optim.Optimizer) -> None:
-        self._parameters = list(module.parameters())
-        self._best = [p.detach().clone() for p in self._parameters]
-        self._threshold, self._optimizer = threshold, optimizer
+    def __init__(self, module: nn.Module, optimizer: th.optim.Optimizer) -> None:
+        self._parameters, self._optimizer = list(module.parameters()), optimizer
+        self._values = [p.detach().clone() for p in self._parameters]
         self._moments = [{name: m.clone() for name, m in self._moments_of(p).items()} for p in self._parameters]
-        self.error = th.full((len(self._parameters[0]),), th.inf, device=self._parameters[0].device)
-        self._reference = self.error.clone()
-        self._first: th.Tensor | None = None
-        self._last = self.error
 
     def _moments_of(self, parameter: nn.Parameter) -> dict[str, th.Tensor]:
         """What the optimizer keeps for each entry of the parameter; nothing before its first step."""
         state = self._optimizer.state.get(parameter, {})
         return {name: x for name, x in state.items() if isinstance(x, th.Tensor) and x.shape == parameter.shape}
 
-    def update(self, error: th.Tensor) -> th.Tensor:
-        """Keep members whose ``error``, (E,), is their lowest; whether any fell by more than the threshold: bool ()."""
-        self._first, self._last = error if self._first is None else self._first, error
-        better = error < self.error
-        for best, parameter in zip(self._best, self._parameters, strict=True):
-            best.copy_(th.where(_each(better, parameter), parameter.detach(), best))
-        self.error = th.where(better, error, self.error)
-        progressed = error < self._reference - self._threshold
-        self._reference = th.where(progressed, error, self._reference)
-        return progressed.any()
-
     @th.no_grad()
-    def restore(self) -> th.Tensor:
-        """Put the best parameters back; which members had exploded, bool (E,)."""
-        assert self._first is not None
-        lost = exploded(self._first, self._last)
+    def restore(self, lost: th.Tensor) -> th.Tensor:
+        """Put members back that are ``lost``, bool (E,), or whose moments overflow; which they were, bool (E,)."""
+        lost = lost.clone()
         for moment in (m for p in self._parameters for m in self._moments_of(p).values()):
             lost |= ~moment.flatten(1).isfinite().all(dim=1)
-        for parameter, best, before in zip(self._parameters, self._best, self._moments, strict=True):
-            parameter.copy_(best)
+        for parameter, value, before in zip(self._parameters, self._values, self._moments, strict=True):
+            parameter.copy_(th.where(_each(lost, parameter), value, parameter))
             for name, moment in self._moments_of(parameter).items():
                 moment.copy_(th.where(_each(lost, moment), before.get(name, th.zeros_like(moment)), moment))
         return lost
@@ -200,15 +183,15 @@ def fit_dynamics(
     """
     Fit all members at once, from where they stand.
 
-    Each member draws its minibatches from a bootstrap of its own. Every so often its loss on held-out rows is taken;
-    the best parameters of each member are restored at the end (mbpo/models/bnn.py, ``train``, there by squared
-    error: a few hard rows rule it, and by it the best variances are those of the first steps).
+    Each member draws its minibatches from rows of its own (:func:`bootstraps`). The last parameters are kept: there
+    are few steps between two fits, and what the policy has just met weighs more in them than among held-out rows. The
+    end-of-episode heads, which share no parameter with the rest, are judged apart.
 
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
     :return: for the log, on held-out rows: negative log-likelihood, squared error per head, the larger share of next
-        states' variance and of rewards' mean square that is left unexplained, steps taken, and how many members had
-        exploded (:func:`exploded`) and were rolled back with their optimizer's moments
-    :raises ValueError: when the loss on held-out rows is not finite at any check, the start among them
+        states' variance and of rewards' mean square that is left unexplained, and how many members had exploded
+        (:func:`exploded`) and were rolled back with their optimizer's moments
+    :raises ValueError: when the loss on held-out rows is finite neither at the start nor at the end
     """
     train, holdout = split_holdout(data, settings)
     batch, n_members, device = data.batch, dynamics.n_members, data.position.device
@@ -216,40 +199,32 @@ def fit_dynamics(
     _standardise(dynamics, batch, train)
     held = ReplayBufferSamples(*(c[holdout].expand(n_members, -1, -1) for c in batch[:5]))
 
-    bootstrap = train[th.randint(len(train), (n_members, len(train)), device=device)]
-    columns = th.randint(len(train), (settings.max_steps, n_members, settings.batch_size), device=device)
-    step = training_step(dynamics, optimizer, batch, bootstrap, loss)
-    check_every = min(max(len(train) // settings.batch_size, 50), 100)
-    # Ends are judged apart from states and rewards: their heads share no parameter with the others.
-    best_body = BestMembers(_Body(dynamics), settings.threshold, optimizer)
-    best_end = BestMembers(dynamics.end, settings.threshold, optimizer)
+    @th.no_grad()
+    def judge() -> tuple[th.Tensor, th.Tensor]:
+        return loss(held) / n_targets, _end_loss(dynamics, held)
 
-    def check() -> bool:
-        with th.no_grad():
-            progressed = best_body.update(loss(held) / n_targets) | best_end.update(_end_loss(dynamics, held))
-        return bool(progressed)
-
-    idle, steps = 0, 0
-    check()
+    rows = bootstraps(train, n_members, settings)
+    columns = th.randint(len(train), (settings.dynamics_steps, n_members, settings.batch_size), device=device)
+    step = training_step(dynamics, optimizer, batch, rows, loss)
+    starts = Start(_Body(dynamics), optimizer), Start(dynamics.end, optimizer)
+    before = judge()
     dynamics.train()
-    while steps < settings.max_steps and idle < settings.patience:
-        block = columns[steps : steps + check_every]
-        for column in block:
-            step(column)
-        steps += len(block)
-        idle = 0 if check() else idle + 1
+    for column in columns:
+        step(column)
     dynamics.eval()
-    rolled_back = best_body.restore() | best_end.restore()
+    after = judge()
+    lost = [start.restore(exploded(*errors)) for start, *errors in zip(starts, before, after, strict=True)]
+    error, end_error = (th.where(*each) for each in zip(lost, before, after, strict=True))
 
-    if not best_body.error.isfinite().all():
+    if not error.isfinite().all():
         raise ValueError(
             "the dynamics' loss on held-out rows is not finite: lower dynamics_kwargs['learning_rate'], or scale the "
             "observations and rewards"
         )
-    dynamics.holdout_loss.copy_(best_body.error)
+    dynamics.holdout_loss.copy_(error)
     with th.no_grad():
-        error = dynamics.squared_error(held.observations, held.actions, held.next_observations, held.rewards)
-        elite_error = error[dynamics.elites].mean(dim=0)
+        squared = dynamics.squared_error(held.observations, held.actions, held.next_observations, held.rewards)
+        elite_error = squared[dynamics.elites].mean(dim=0)
         nll = dynamics.nll(held.observations, held.actions, held.next_observations, held.rewards)
         # What rewards stray from a constant may be next to nothing beside it: that constant is explained as well.
         constant = (dynamics.targets.mean[-1] / dynamics.targets.std[-1]).square()
@@ -259,10 +234,22 @@ def fit_dynamics(
         "dynamics/state_error": elite_error[:-1].mean().item(),
         "dynamics/reward_error": elite_error[-1].item(),
         "dynamics/unexplained": unexplained.item(),
-        "dynamics/end_error": best_end.error.mean().item(),
-        "dynamics/fit_steps": steps,
-        "dynamics/rolled_back": int(rolled_back.sum()),
+        "dynamics/end_error": end_error.mean().item(),
+        "dynamics/rolled_back": int((lost[0] | lost[1]).sum()),
     }
+
+
+def bootstraps(train: th.Tensor, n_members: int, settings: FitSettings) -> th.Tensor:
+    """
+    The rows that each member learns from, drawn with replacement, a share of them among the newest: (E, n).
+
+    :param train: indices of the training rows, oldest first, (n,)
+    """
+    shape = (n_members, len(train))
+    drawn = th.randint(len(train), shape, device=train.device)
+    newest = len(train) - 1 - th.randint(min(settings.n_recent, len(train)), shape, device=train.device)
+    is_recent = th.rand(shape, device=train.device) < settings.recent_ratio
+    return train[th.where(is_recent, newest, drawn)]
 
 
 def training_step(

@@ -15,8 +15,8 @@ from sb3_mismatch.observations import FlatObservations
 from sb3_mismatch.settings import check_number
 from sb3_mismatch.terminations import Outcomes, TransitionFunction
 
-#: weight decay of the hidden layers and of the output layer (mbpo/models/constructor.py)
-WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+#: Of the dynamics' networks, apart from the gradient (AdamW).
+WEIGHT_DECAY = 0.2
 
 
 class World:
@@ -55,11 +55,11 @@ class World:
         self.observations = FlatObservations(observation_space)
         sizes = (self.observations.dim, spaces.flatdim(action_space))
         self.dynamics, learning_rate = _network(
-            "dynamics_kwargs", Dynamics, sizes, {"learning_rate": 1e-3, **dynamics_kwargs}
+            "dynamics_kwargs", Dynamics, sizes, {"learning_rate": 2e-3, **dynamics_kwargs}
         )
         self.dynamics.to(device).eval()
         groups = self.dynamics.parameter_groups(WEIGHT_DECAY)
-        self.dynamics_optimizer = th.optim.Adam(groups, lr=learning_rate, fused=True)
+        self.dynamics_optimizer = th.optim.AdamW(groups, lr=learning_rate, fused=True)
         self.classifier, learning_rate = _network(
             "classifier_kwargs", Classifier, sizes, {"learning_rate": 3e-4, **classifier_kwargs}
         )

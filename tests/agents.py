@@ -30,7 +30,7 @@ def world_settings(**changed: Any) -> dict[str, Any]:
     kwargs = {
         "dynamics_kwargs": {"net_arch": [8], "end_arch": [8]},
         "classifier_kwargs": {"net_arch": [8]},
-        "fit_kwargs": {"max_steps": 5, "classifier_steps": 2, "batch_size": 32},
+        "fit_kwargs": {"dynamics_steps": 5, "classifier_steps": 2, "batch_size": 32},
     }
     return {**few, **kwargs, **changed}
 

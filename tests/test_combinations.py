@@ -170,7 +170,7 @@ def arguments(case):
     fits = {
         "dynamics_kwargs": {"net_arch": [4], "end_arch": [4]},
         "classifier_kwargs": {"net_arch": [4]},
-        "fit_kwargs": {"max_steps": 3, "classifier_steps": 2, "batch_size": 8},
+        "fit_kwargs": {"dynamics_steps": 3, "classifier_steps": 2, "batch_size": 8},
     }
     few = {"model_train_freq": 40, "imagined_per_step": 1, "n_members": 2, "n_elites": 1, "reward_shift": "auto"}
     return {**base, **few, **fits, **case["world"], "seed": 0, "device": "cpu"}

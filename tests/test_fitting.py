@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,7 @@ from toys import LinearSystem, rows_of
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
-from sb3_mismatch.fitting import FitSettings, Terms, fit_dynamics, split_holdout, training_step
+from sb3_mismatch.fitting import FitSettings, Terms, bootstraps, fit_dynamics, split_holdout, training_step
 from sb3_mismatch.objectives import OBJECTIVES, Objective
 
 
@@ -46,7 +45,7 @@ def used(data: RealTransitions, dynamics: Dynamics | None = None, **changed) -> 
             batches.append(rows.observations.squeeze(2).long())
         return likelihood(dynamics)(rows)
 
-    fit(dynamics, data, loss=watch, **{"patience": 10**6, **changed})
+    fit(dynamics, data, loss=watch, **changed)
     return [[set(batch[member].tolist()) for batch in batches] for member in range(dynamics.n_members)]
 
 
@@ -64,7 +63,7 @@ def linear():
     for lr in (3e-3, 3e-4):
         for group in optimizer.param_groups:
             group["lr"] = lr
-        log = fit(dynamics, data, optimizer=optimizer, max_steps=400, batch_size=256, patience=50)
+        log = fit(dynamics, data, optimizer=optimizer, dynamics_steps=400, batch_size=256)
     return system, dynamics, data, log
 
 
@@ -123,7 +122,7 @@ def test_a_line_is_found_at_once():
     th.manual_seed(0)
     system = LinearSystem()
     dynamics = Dynamics(3, 1, net_arch=[32, 32])
-    log = fit(dynamics, system.draw(300), max_steps=10)
+    log = fit(dynamics, system.draw(300), dynamics_steps=10)
     floor = (system.noise / dynamics.targets.std).square()
     assert log["dynamics/state_error"] < floor[:3].mean() + 0.02
     assert_close(dynamics.residual**2, floor, rtol=0.3, atol=0.02)
@@ -134,14 +133,14 @@ def test_the_price_of_effort_is_found_at_once():
     th.manual_seed(0)
     s, a = th.randn(300, 2), 2 * th.rand(300, 2) - 1
     reward = s[:, :1] - a.square().sum(dim=1, keepdim=True)
-    log = fit(Dynamics(2, 2, net_arch=[16]), rows_of(s, a, s, reward), max_steps=10)
+    log = fit(Dynamics(2, 2, net_arch=[16]), rows_of(s, a, s, reward), dynamics_steps=10)
     assert log["dynamics/reward_error"] < 0.03
 
 
 def test_a_constant_leaves_no_residual():
     s, a = th.randn(100, 2), th.randn(100, 1)
     dynamics = Dynamics(2, 1, net_arch=[4])
-    log = fit(dynamics, rows_of(s, a, s + 1.0, th.ones(100, 1)), max_steps=10)
+    log = fit(dynamics, rows_of(s, a, s + 1.0, th.ones(100, 1)), dynamics_steps=10)
     assert_close(dynamics.slope, th.zeros(4, 3), atol=1e-6, rtol=0)
     assert log["dynamics/state_error"] < 1e-3
 
@@ -150,7 +149,7 @@ def test_members_disagree_off_the_data():
     th.manual_seed(0)
     s, a = th.randn(1000, 3), th.randn(1000, 1)
     dynamics = Dynamics(3, 1, n_members=3, n_elites=3, net_arch=[32, 32])
-    fit(dynamics, rows_of(s, a, s + s.abs() + a), lr=3e-3, max_steps=400, batch_size=256)
+    fit(dynamics, rows_of(s, a, s + s.abs() + a), lr=3e-3, dynamics_steps=400, batch_size=256)
     near, far = dynamics.disagreement(s, a).mean(), dynamics.disagreement(s + 8 * s.sign(), a).mean()
     print(f"\ndisagreement on the data {near.item():.4f}, off it {far.item():.4f}")
     assert far > 5 * near
@@ -162,7 +161,7 @@ def test_scales_of_targets_do_not_matter():
     th.manual_seed(0)
     s, a = 1e-3 * th.randn(1000, 2), th.randn(1000, 1)
     data = rows_of(s, a, s + 1e-3 * a.abs(), 1e4 * a.abs())
-    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), data, lr=1e-2, max_steps=300, patience=100)
+    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), data, lr=1e-2, dynamics_steps=300)
     assert log["dynamics/state_error"] < 0.1
     assert log["dynamics/reward_error"] < 0.1
 
@@ -172,10 +171,12 @@ def test_rare_rewards_beside_a_constant_leave_little_unexplained():
     th.manual_seed(0)
     s, a = th.randn(1000, 2), th.randn(1000, 1)
     rewards = (th.rand(1000, 1) > 0.02).float()
-    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards), lr=1e-2, max_steps=300)
+    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards), lr=1e-2, dynamics_steps=300)
     assert log["dynamics/reward_error"] > 0.5
     assert log["dynamics/unexplained"] < 0.05
-    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=1e-2, max_steps=300)
+    log = fit(
+        Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=1e-2, dynamics_steps=300
+    )
     assert log["dynamics/unexplained"] > 0.5
 
 
@@ -183,14 +184,14 @@ def test_constant_targets_are_learned_exactly():
     """A reward of 1 at every step, as InvertedPendulum's."""
     data = rows_of(th.randn(200, 2), th.randn(200, 1), th.randn(200, 2), th.ones(200, 1))
     dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
-    fit(dynamics, data, max_steps=20)
+    fit(dynamics, data, dynamics_steps=20)
     assert_close(dynamics.sample(th.randn(50, 2), th.randn(50, 1))[1], th.ones(50, 1))
 
 
 def test_scales_and_range_are_the_training_rows():
     data = numbered(100)
     dynamics = Dynamics(1, 1, net_arch=[4])
-    fit(dynamics, data, max_steps=1)
+    fit(dynamics, data, dynamics_steps=1)
     train, _ = split_holdout(data, FitSettings())
     rows = data.batch.observations[train]
     assert_close(dynamics.inputs.mean[0], rows.mean())
@@ -210,7 +211,7 @@ def test_each_member_sees_its_own_bootstrap_for_a_whole_fit():
     th.manual_seed(0)
     data = numbered(500)
     train = set(split_holdout(data, FitSettings())[0].tolist())
-    seen = [set().union(*steps) for steps in used(data, max_steps=60, batch_size=256)]
+    seen = [set().union(*steps) for steps in used(data, dynamics_steps=60, batch_size=256, recent_ratio=0.0)]
     for rows in seen:
         assert rows <= train
         assert len(rows) == pytest.approx((1 - math.exp(-1)) * len(train), rel=0.1)
@@ -219,8 +220,19 @@ def test_each_member_sees_its_own_bootstrap_for_a_whole_fit():
             assert len(one & other) / len(one) == pytest.approx(1 - math.exp(-1), abs=0.1)
 
 
+def test_a_share_of_the_rows_are_the_newest():
+    th.manual_seed(0)
+    train = th.arange(1000, 2000)
+    rows = bootstraps(train, 2, FitSettings(recent_ratio=0.6, n_recent=100))
+    assert rows.shape == (2, 1000)
+    # 0.6 of the draws by wish, and a tenth of the others.
+    assert (rows >= 1900).float().mean().item() == pytest.approx(0.64, abs=0.03)
+    assert rows.min() < 1020
+    assert set(bootstraps(train, 2, FitSettings(recent_ratio=1.0, n_recent=2)).unique().tolist()) == {1998, 1999}
+
+
 def test_members_minibatches_differ():
-    steps = used(numbered(500), max_steps=3, batch_size=32)
+    steps = used(numbered(500), dynamics_steps=3, batch_size=32)
     for step in range(3):
         assert len({frozenset(member[step]) for member in steps}) == len(steps)
 
@@ -231,7 +243,9 @@ def test_held_out_rows_are_never_trained_on():
     for n in (60, 100, 101, 350, 800):
         data = numbered(n)
         _, holdout = split_holdout(data, FitSettings(max_holdout=40))
-        now = set().union(*(rows for member in used(data, dynamics, max_steps=30, max_holdout=40) for rows in member))
+        now = set().union(
+            *(rows for member in used(data, dynamics, dynamics_steps=30, max_holdout=40) for rows in member)
+        )
         trained |= now
         assert not trained & set(holdout.tolist())
         assert len(holdout) == pytest.approx(min(0.2 * n, 40), abs=2)
@@ -263,7 +277,7 @@ def test_split_is_one_and_stands_still(n, ratio, most, stride):
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
 def test_few_rows_and_any_batch_size(n, batch_size):
     dynamics = Dynamics(1, 1, net_arch=[4])
-    log = fit(dynamics, numbered(n), max_steps=3, batch_size=batch_size)
+    log = fit(dynamics, numbered(n), dynamics_steps=3, batch_size=batch_size)
     assert all(math.isfinite(value) for value in log.values())
     assert all(parameter.isfinite().all() for parameter in dynamics.parameters())
 
@@ -291,27 +305,15 @@ def holdout_losses(dynamics: Dynamics, data: RealTransitions) -> th.Tensor:
 def test_elites_have_the_lowest_loss_on_held_out_rows():
     th.manual_seed(0)
     data, dynamics = noise(), Dynamics(2, 1, n_members=6, n_elites=2, net_arch=[16])
-    fit(dynamics, data, max_steps=50)
+    fit(dynamics, data, dynamics_steps=50)
     losses = holdout_losses(dynamics, data)
     assert_close(dynamics.holdout_loss, losses)
     assert len(losses.unique()) == 6
     assert set(dynamics.elites.tolist()) == set(losses.argsort()[:2].tolist())
 
 
-def test_steps_that_make_it_worse_are_undone():
-    """With a learning rate of 10 every step is for the worse: all parameters are as before, in value."""
-    th.manual_seed(0)
-    data, dynamics = noise(), Dynamics(2, 1, 3, 2, net_arch=[8])
-    fit(dynamics, data, lr=1e-2, max_steps=200)
-    before = {name: p.clone() for name, p in dynamics.named_parameters()}
-    log = fit(dynamics, data, lr=10.0, max_steps=40)
-    assert log["dynamics/fit_steps"] == 40
-    for name, parameter in dynamics.named_parameters():
-        assert th.equal(parameter, before[name]), name
-
-
-def test_members_are_kept_one_by_one():
-    """Member 0 steps towards the data and member 1 away: the former keeps its step, the latter its start."""
+def test_members_are_rolled_back_one_by_one():
+    """Member 0 steps towards the data and member 1 far away: the former keeps its steps, the latter its start."""
     th.manual_seed(0)
     system, dynamics = LinearSystem(), Dynamics(3, 1, 2, 1, net_arch=[16])
     data = system.draw(400)
@@ -321,33 +323,31 @@ def test_members_are_kept_one_by_one():
     def torn(rows):
         return likelihood(dynamics)(rows) * (sign if th.is_grad_enabled() else 1)
 
-    fit(dynamics, data, loss=torn, max_steps=60)
+    log = fit(dynamics, data, lr=3e-2, loss=torn, dynamics_steps=100)
+    assert log["dynamics/rolled_back"] == 1
     for layer, old in zip(dynamics.body.layers, start, strict=True):
         assert not th.equal(layer.weight[0], old[0])
         assert th.equal(layer.weight[1], old[1])
 
 
-def test_held_out_loss_never_rises_over_warm_starts():
+def test_every_fit_takes_its_steps_and_keeps_the_last():
+    """Where held-out rows would have had it stop as well: they are noise, which can only be learned by heart."""
     th.manual_seed(0)
-    data, dynamics = noise(), Dynamics(2, 1, 3, 2, net_arch=[8])
-    optimizer = th.optim.Adam(dynamics.parameters(), lr=0.03)
-    losses = []
-    for _ in range(4):
-        fit(dynamics, data, optimizer=optimizer, max_steps=40)
+    data, dynamics = noise(), Dynamics(2, 1, 2, 1, net_arch=[64])
+    steps, losses = [], []
+
+    def watch(rows):
+        loss = likelihood(dynamics)(rows)
+        if th.is_grad_enabled():
+            steps.append(loss)
+        return loss
+
+    for n in (20, 100):
+        fit(dynamics, data, lr=3e-3, loss=watch, dynamics_steps=n)
         losses.append(dynamics.holdout_loss.clone())
-    for earlier, later in pairwise(losses):
-        assert (later <= earlier + 1e-6).all()
-
-
-def test_cap_on_steps():
-    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
-    assert fit(dynamics, noise(), max_steps=33, patience=1000)["dynamics/fit_steps"] == 33
-
-
-def test_early_stop():
-    """Without learning no check sees progress: three checks, 50 steps apart, and the fit stops."""
-    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
-    assert fit(dynamics, noise(), lr=0.0, max_steps=1000, patience=3)["dynamics/fit_steps"] == 150
+        assert_close(dynamics.holdout_loss, holdout_losses(dynamics, data))
+    assert len(steps) == 120
+    assert (losses[1] > losses[0]).all()
 
 
 def test_fit_that_is_not_finite_is_told():
@@ -357,10 +357,10 @@ def test_fit_that_is_not_finite_is_told():
     with pytest.raises(
         ValueError, match=r"loss on held-out rows is not finite: lower dynamics_kwargs\['learning_rate'\]"
     ):
-        fit(dynamics, noise(), max_steps=20)
+        fit(dynamics, noise(), dynamics_steps=20)
 
 
-@pytest.mark.parametrize("name", ["max_steps", "classifier_steps", "batch_size", "max_holdout", "patience"])
+@pytest.mark.parametrize("name", ["dynamics_steps", "classifier_steps", "batch_size", "n_recent", "max_holdout"])
 def test_settings_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=rf"fit_kwargs\['{name}'\]=0 must be a whole number of at least 1"):
         FitSettings(**{name: 0})
@@ -429,7 +429,7 @@ def test_crps_learns_what_likelihood_leaves_to_noise():
         def loss(rows, dynamics=dynamics, score=score):
             return 10 * score(dynamics(*rows[:2]), rows[0], rows[2], rows.rewards).mean(dim=1)
 
-        fit(dynamics, data, loss=loss, max_steps=600, patience=100)
+        fit(dynamics, data, loss=loss, dynamics_steps=600)
         hit = (x[impact[:, 0]].expand(2, -1, -1) for x in data.batch[:5])
         with th.no_grad():
             s1, a1, s2, _, r = hit
@@ -452,7 +452,7 @@ def test_a_fit_leaves_the_classifier_alone(name):
     def loss(rows):
         return row.model_loss(Terms(row, dynamics, classifier, lambda s: s.sum(dim=1, keepdim=True), rows), 0.9)
 
-    fit(dynamics, data, loss=loss, max_steps=5)
+    fit(dynamics, data, loss=loss, dynamics_steps=5)
     for parameter, old in zip(classifier.parameters(), before, strict=True):
         assert th.equal(parameter, old)
         assert parameter.grad is None
@@ -466,7 +466,7 @@ def test_optimistic_dynamics_lean_towards_value():
     th.manual_seed(0)
     data = rows_of(th.randn(2000, 1), th.randn(2000, 1), th.randn(2000, 1))
     dynamics = Dynamics(1, 1, 2, 2, net_arch=[8])
-    fit(dynamics, data, lr=1e-2, max_steps=200)
+    fit(dynamics, data, lr=1e-2, dynamics_steps=200)
     row, gamma, optimizer = OBJECTIVES["mnm"], 0.9, th.optim.Adam(dynamics.parameters(), lr=3e-3)
 
     class Exact(Terms):

@@ -175,7 +175,7 @@ def test_sides_of_the_log_ratio(monkeypatch):
 
 @pytest.mark.parametrize("factor", [1.0, 0.5], ids=["as they are", "too small by half"])
 def test_calibration_of_known_noise(factor, monkeypatch):
-    model = perfect(monkeypatch, fit_kwargs={"max_steps": 5, "classifier_steps": 2, "max_holdout": 4000})
+    model = perfect(monkeypatch, fit_kwargs={"dynamics_steps": 5, "classifier_steps": 2, "max_holdout": 4000})
     dynamics, noise = model.world.dynamics, th.tensor([0.05, 0.2, 0.4, 0.1])
     targets = th.tensor([0.1, 0.1, 0.1, 0.0]) + noise * th.randn(20_000, 4, generator=th.Generator().manual_seed(0))
     with th.no_grad():

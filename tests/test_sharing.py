@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_told_and_the_world_stays(agent, tmp_path, monkeypa
 
 
 def test_settings_that_json_cannot_hold_are_told(agent, tmp_path, monkeypatch):
-    monkeypatch.setattr(agent.world, "fit_kwargs", {"max_steps": np.int64(5)})
+    monkeypatch.setattr(agent.world, "fit_kwargs", {"dynamics_steps": np.int64(5)})
     with pytest.raises(ValueError, match=r"cannot be written as JSON \(.*\): use plain numbers and lists"):
         save_world(agent.world, tmp_path / "world")
     assert not list(tmp_path.iterdir())

@@ -144,9 +144,9 @@ def test_learned_ends_agree_with_the_environments_own(env_id, recall):
     flat = FlatObservations(env.observation_space)
     # The heads share nothing with the states' network, which may stay small here.
     dynamics = Dynamics(flat.dim, spaces.flatdim(env.action_space), net_arch=[8])
-    optimizer = th.optim.Adam(dynamics.parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=True)
-    # As many gradient steps as the default settings take over 2500 steps of the environment.
-    settings = FitSettings(max_steps=10 * FitSettings.max_steps, patience=1000)
+    optimizer = th.optim.AdamW(dynamics.parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=True)
+    # As many gradient steps as the default settings take over 500 steps of the environment.
+    settings = FitSettings(dynamics_steps=10 * FitSettings.dynamics_steps)
     fit_dynamics(dynamics, optimizer, data, lambda rows: dynamics.nll(*rows[:3], rows.rewards).mean(dim=1), settings)
 
     batch = held.batch

@@ -172,7 +172,7 @@ def ensemble(s: dict[str, Any]) -> Work:
 
     n, members = s["rows"], s["members"]
     dynamics = _dynamics(s)
-    optimizer = th.optim.Adam(dynamics.parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=True)
+    optimizer = th.optim.AdamW(dynamics.parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=True)
     states, actions = th.randn(n, s["obs_dim"]), th.randn(n, s["action_dim"])
     batch = ReplayBufferSamples(states, actions, states + 0.1 * th.randn_like(states), th.zeros(n, 1), th.randn(n, 1))
     bootstrap = th.randint(n, (members, n))

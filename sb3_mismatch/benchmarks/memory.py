@@ -109,7 +109,7 @@ def measure(steps: int, every: int, buffer_size: int, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "pendulum.csv"
     with tempfile.TemporaryDirectory() as logs:
-        fits = {"max_steps": 50, "classifier_steps": 20}
+        fits = {"dynamics_steps": 50, "classifier_steps": 20}
         model = MnM("MlpPolicy", "Pendulum-v1", buffer_size=buffer_size, gradient_steps=1, seed=0, fit_kwargs=fits)
         model.set_logger(configure(logs, ["csv", "tensorboard"]))
         model.learn(steps, callback=UsageCallback(path, every, Path(logs)))

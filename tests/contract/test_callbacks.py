@@ -65,7 +65,7 @@ def test_h1_sacs_keys_keep_their_names_and_meaning(tmp_path):
 def test_h2_no_keys_collide_on_the_console(objective, capsys):
     agent(objective=objective, verbose=1, reward_shift="auto").learn(80, log_interval=1)
     printed = capsys.readouterr().out
-    for key in ("state_error", "fit_steps", "horizon", "critic_loss", "ep_rew_mean"):
+    for key in ("state_error", "unexplained", "horizon", "critic_loss", "ep_rew_mean"):
         assert key in printed
 
 

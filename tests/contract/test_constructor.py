@@ -110,7 +110,9 @@ def test_a5_what_is_not_supported_is_told_at_construction(policy, env, settings,
 @pytest.mark.parametrize("env", [IdentityEnvBox(), BoxEnv()], ids=["rewards_of_zero", "negative_rewards"])
 def test_a6_defaults_learn_whatever_the_rewards(env):
     # The first fit of the world, and one round after it.
-    model = MnM("MlpPolicy", env, policy_kwargs={"net_arch": [8]}, fit_kwargs={"max_steps": 5, "classifier_steps": 2})
+    model = MnM(
+        "MlpPolicy", env, policy_kwargs={"net_arch": [8]}, fit_kwargs={"dynamics_steps": 5, "classifier_steps": 2}
+    )
     model.learn(model.learning_starts + 2)
     assert model._fitted_at == model.learning_starts + 1
     assert all_finite(model)

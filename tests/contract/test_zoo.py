@@ -30,7 +30,7 @@ SMALL = [
     "imagined_per_step:2",
     "dynamics_kwargs:dict(net_arch=[8],end_arch=[8])",
     "classifier_kwargs:dict(net_arch=[8])",
-    "fit_kwargs:dict(max_steps=5,classifier_steps=2)",
+    "fit_kwargs:dict(dynamics_steps=5,classifier_steps=2)",
 ]
 AGENT = "logs/mnm/Pendulum-v1_1/Pendulum-v1.zip"
 
