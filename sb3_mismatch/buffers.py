@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from numpy.typing import NDArray
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
@@ -90,10 +91,9 @@ def real_transitions(
     return RealTransitions(ReplayBufferSamples(*tensors), th.as_tensor(position[keep], device=device))
 
 
-def _by_age(buffer: ReplayBuffer) -> np.ndarray:
+def _by_age(buffer: ReplayBuffer) -> NDArray[np.int64]:
     """Rows of a replay buffer, oldest first."""
-    rows: np.ndarray = (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
-    return rows
+    return (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
 
 
 def random_states(buffer: ReplayBuffer, observations: FlatObservations, n: int, device: th.device) -> th.Tensor:
