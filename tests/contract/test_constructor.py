@@ -156,7 +156,7 @@ def test_a9_learning_rate_may_be_a_schedule(learning_rate):
     expected = model.lr_schedule(model._current_progress_remaining)
     assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=2e-5)
     # The world's own.
-    assert model.world.dynamics_optimizer.param_groups[0]["lr"] == 1e-3
+    assert model.world.dynamics_optimizer.param_groups[0]["lr"] == 2e-3
 
 
 def test_a9_the_world_learns_at_rates_of_its_own():
