@@ -2,7 +2,7 @@
 The learned dynamics q(s', r, end | s, a): a probabilistic ensemble run as one batched network.
 
 Source: PETS (Chua et al., 2018) and MBPO (Janner et al., 2019; mbpo/models/bnn.py, constructor.py), with every target
-standardised by itself, a linear regression beneath the networks and an end-of-episode head, which they lack.
+standardised by itself and an end-of-episode head, which they lack.
 
 Shape letters: E members, K of them in use, N rows each.
 """
@@ -20,10 +20,6 @@ from sb3_mismatch.healthy_range import HealthyRange
 
 #: Rows of each member that go through the networks together on a CPU: what is between two layers stays in its cache.
 ROWS_AT_ONCE = 500
-#: Ridge of the linear regression, in variances of its inputs.
-RIDGE = 0.1
-#: Networks are not asked for more than this share of a target's standard deviation.
-LEAST_RESIDUAL = 0.01
 
 
 class EnsembleLinear(nn.Module):
@@ -106,10 +102,6 @@ class Dynamics(nn.Module):
     Everything outside is in the environment's own units (actions scaled to [-1, 1]); inputs and targets are
     standardised inside. Each learned state dimension and the reward has its own scale.
 
-    What a linear regression on s, a and a² foretells is not left to the networks: these learn the residual, in units of
-    its own standard deviation. Much of a step of physics is linear and most rewards charge for the square of the
-    action.
-
     :param obs_dim: size of the flat observation
     :param action_dim: size of the flat action
     :param n_members: networks in the ensemble (MBPO: 7)
@@ -121,8 +113,6 @@ class Dynamics(nn.Module):
     """
 
     holdout_loss: th.Tensor
-    slope: th.Tensor
-    residual: th.Tensor
     low: th.Tensor
     high: th.Tensor
 
@@ -143,10 +133,6 @@ class Dynamics(nn.Module):
         n_targets = obs_dim + 1
         self.inputs = Standardizer(obs_dim + action_dim)
         self.targets = Standardizer(n_targets)
-        # The linear regression, and the residual's standard deviation, both of standardised quantities.
-        self.action_dim = action_dim
-        self.register_buffer("slope", th.zeros(obs_dim + 2 * action_dim, n_targets))
-        self.register_buffer("residual", th.ones(n_targets))
         self.next_observations = Standardizer(obs_dim)
         self.body = EnsembleMLP(n_members, obs_dim + action_dim, net_arch, 2 * n_targets, layer_norm)
         self.max_log_var = nn.Parameter(th.full((n_members, 1, n_targets), 0.5))
@@ -175,28 +161,17 @@ class Dynamics(nn.Module):
         high = self.max_log_var if members is None else self.max_log_var[members]
         low = self.min_log_var if members is None else self.min_log_var[members]
         log_var = high - F.softplus(high - log_var)
-        log_var = low + F.softplus(log_var - low)
-        return Gaussian(self._regressors(x) @ self.slope + self.residual * mean, log_var + 2 * self.residual.log())
-
-    def _regressors(self, x: th.Tensor) -> th.Tensor:
-        """Standardised (s, a) -> s, a and a², of mean zero: (..., obs_dim + 2 action_dim)."""
-        return th.cat([x, x[..., -self.action_dim :].square() - 1], dim=-1)
+        return Gaussian(mean, low + F.softplus(log_var - low))
 
     @th.no_grad()
     def fit_scales(self, observations: th.Tensor, actions: th.Tensor, targets: th.Tensor) -> None:
         """
-        Standardise inputs and targets, and take the linear regression, from real rows.
+        Standardise inputs and targets, from real rows.
 
         :param targets: as of :meth:`raw_targets`, (n, obs_dim + 1)
         """
-        x = th.cat([observations, actions], dim=1)
-        self.inputs.fit(x)
+        self.inputs.fit(th.cat([observations, actions], dim=1))
         self.targets.fit(targets)
-        x, y = self._regressors(self.inputs.transform(x)).double(), self.targets.transform(targets).double()
-        ridge = RIDGE * len(x) * th.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        slope = th.linalg.solve(x.T @ x + ridge, x.T @ y)
-        self.slope.copy_(slope)
-        self.residual.copy_((y - x @ slope).std(dim=0, correction=0).clamp(min=LEAST_RESIDUAL))
 
     def raw_targets(self, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor) -> th.Tensor:
         """[s' - s, r], (..., obs_dim + 1), in the environment's units."""
@@ -238,7 +213,7 @@ class Dynamics(nn.Module):
         self, predicted: Gaussian, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
     ) -> th.Tensor:
         """
-        Continuous ranked probability score, in units of the linear regression's residuals, summed over targets: (K, N).
+        Continuous ranked probability score of the standardised targets, summed over them: (K, N).
 
         ∫ (F(y) - 1[y >= target])² dy of each Gaussian, lowest for the true distribution as the negative log-likelihood
         is, and no steeper for what is easily foretold: it gives up nothing that is hard, an impact of a foot among
@@ -252,7 +227,7 @@ class Dynamics(nn.Module):
         z = (targets - mean) / std
         twice_density = math.sqrt(2 / math.pi) * (-0.5 * z.square()).exp()
         crps = std * (z * th.erf(z / math.sqrt(2)) + twice_density - 1 / math.sqrt(math.pi))
-        return (crps / self.residual).sum(dim=-1)
+        return crps.sum(dim=-1)
 
     def squared_error(
         self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor

@@ -26,7 +26,7 @@ Value = Callable[[th.Tensor], th.Tensor]
 
 #: A fit that ends so many nats above where it began has exploded; noise and overfitting move it by a few.
 EXPLOSION = 10.0
-#: Of the continuous ranked probability score: about as steep as the likelihood where noise is 1/200 of the residual.
+#: Of the continuous ranked probability score: about as steep as the likelihood where noise is 1/200 of a deviation.
 CRPS_WEIGHT = 200.0
 
 
@@ -56,7 +56,7 @@ class Terms:
 
     @cached_property
     def crps(self) -> th.Tensor:
-        """The continuous ranked probability score of q(s', r | s, a), in 1/200 of a residual's deviation: (E,)."""
+        """The continuous ranked probability score of q(s', r | s, a), in 1/200 of a target's deviation: (E,)."""
         rows = self._rows
         crps = self._dynamics.crps_of(self._predicted, rows.observations, rows.next_observations, rows.rewards)
         return self._row.likelihood_weight * CRPS_WEIGHT * crps.mean(dim=1)

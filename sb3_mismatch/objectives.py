@@ -31,7 +31,7 @@ class ModelTerms(Protocol):
 
     @property
     def crps(self) -> th.Tensor:
-        """Continuous ranked probability score of q(s', r | s, a) at the real transition, in 1/200 of a residual."""
+        """Continuous ranked probability score of q(s', r | s, a) at the real transition, in 1/200 of a deviation."""
 
     @property
     def log_ratio(self) -> th.Tensor:

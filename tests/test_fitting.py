@@ -117,34 +117,6 @@ def test_log_tells_the_errors_that_noise_leaves(linear):
     assert log["dynamics/nll"] == pytest.approx((0.5 * floor.log() + 0.5).sum().item(), abs=0.3)
 
 
-def test_a_line_is_found_at_once():
-    """From 300 rows of a linear system, by 10 gradient steps; what noise leaves is all that is left to networks."""
-    th.manual_seed(0)
-    system = LinearSystem()
-    dynamics = Dynamics(3, 1, net_arch=[32, 32])
-    log = fit(dynamics, system.draw(300), dynamics_steps=10)
-    floor = (system.noise / dynamics.targets.std).square()
-    assert log["dynamics/state_error"] < floor[:3].mean() + 0.02
-    assert_close(dynamics.residual**2, floor, rtol=0.3, atol=0.02)
-
-
-def test_the_price_of_effort_is_found_at_once():
-    """A reward of x - a², from 300 rows by 10 gradient steps."""
-    th.manual_seed(0)
-    s, a = th.randn(300, 2), 2 * th.rand(300, 2) - 1
-    reward = s[:, :1] - a.square().sum(dim=1, keepdim=True)
-    log = fit(Dynamics(2, 2, net_arch=[16]), rows_of(s, a, s, reward), dynamics_steps=10)
-    assert log["dynamics/reward_error"] < 0.03
-
-
-def test_a_constant_leaves_no_residual():
-    s, a = th.randn(100, 2), th.randn(100, 1)
-    dynamics = Dynamics(2, 1, net_arch=[4])
-    log = fit(dynamics, rows_of(s, a, s + 1.0, th.ones(100, 1)), dynamics_steps=10)
-    assert_close(dynamics.slope, th.zeros(4, 3), atol=1e-6, rtol=0)
-    assert log["dynamics/state_error"] < 1e-3
-
-
 def test_members_disagree_off_the_data():
     th.manual_seed(0)
     s, a = th.randn(1000, 3), th.randn(1000, 1)
@@ -171,11 +143,11 @@ def test_rare_rewards_beside_a_constant_leave_little_unexplained():
     th.manual_seed(0)
     s, a = th.randn(1000, 2), th.randn(1000, 1)
     rewards = (th.rand(1000, 1) > 0.02).float()
-    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards), lr=1e-2, dynamics_steps=300)
+    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards), lr=3e-3, dynamics_steps=50)
     assert log["dynamics/reward_error"] > 0.5
     assert log["dynamics/unexplained"] < 0.05
     log = fit(
-        Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=1e-2, dynamics_steps=300
+        Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=3e-3, dynamics_steps=50
     )
     assert log["dynamics/unexplained"] > 0.5
 

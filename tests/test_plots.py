@@ -181,8 +181,6 @@ def test_calibration_of_known_noise(factor, monkeypatch):
     with th.no_grad():
         dynamics.min_log_var.fill_(-30)
         dynamics.max_log_var.fill_(30)
-        dynamics.slope.zero_()
-        dynamics.residual.fill_(1.0)
         dynamics.targets.mean[3] = 0
         dynamics.body.layers[-1].bias[..., 4:] = 2 * (factor * noise / dynamics.targets.std).log() / 5
     states = th.zeros(20_000, 3)
