@@ -143,11 +143,11 @@ def test_rare_rewards_beside_a_constant_leave_little_unexplained():
     th.manual_seed(0)
     s, a = th.randn(1000, 2), th.randn(1000, 1)
     rewards = (th.rand(1000, 1) > 0.02).float()
-    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards), lr=3e-3, dynamics_steps=50)
+    log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards), lr=1e-2, dynamics_steps=100)
     assert log["dynamics/reward_error"] > 0.5
     assert log["dynamics/unexplained"] < 0.05
     log = fit(
-        Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=3e-3, dynamics_steps=50
+        Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=1e-2, dynamics_steps=100
     )
     assert log["dynamics/unexplained"] > 0.5
 
@@ -305,7 +305,7 @@ def test_members_are_rolled_back_one_by_one():
 def test_every_fit_takes_its_steps_and_keeps_the_last():
     """Where held-out rows would have had it stop as well: they are noise, which can only be learned by heart."""
     th.manual_seed(0)
-    data, dynamics = noise(), Dynamics(2, 1, 2, 1, net_arch=[64])
+    data, dynamics = noise(100), Dynamics(2, 1, 2, 1, net_arch=[64])
     steps, losses = [], []
 
     def watch(rows):
