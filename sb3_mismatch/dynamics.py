@@ -163,16 +163,6 @@ class Dynamics(nn.Module):
         log_var = high - F.softplus(high - log_var)
         return Gaussian(mean, low + F.softplus(log_var - low))
 
-    @th.no_grad()
-    def fit_scales(self, observations: th.Tensor, actions: th.Tensor, targets: th.Tensor) -> None:
-        """
-        Standardise inputs and targets, from real rows.
-
-        :param targets: as of :meth:`raw_targets`, (n, obs_dim + 1)
-        """
-        self.inputs.fit(th.cat([observations, actions], dim=1))
-        self.targets.fit(targets)
-
     def raw_targets(self, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor) -> th.Tensor:
         """[s' - s, r], (..., obs_dim + 1), in the environment's units."""
         return th.cat([next_observations - observations, rewards], dim=-1)
@@ -226,8 +216,7 @@ class Dynamics(nn.Module):
         std = (0.5 * log_var).exp()
         z = (targets - mean) / std
         twice_density = math.sqrt(2 / math.pi) * (-0.5 * z.square()).exp()
-        crps = std * (z * th.erf(z / math.sqrt(2)) + twice_density - 1 / math.sqrt(math.pi))
-        return crps.sum(dim=-1)
+        return (std * (z * th.erf(z / math.sqrt(2)) + twice_density - 1 / math.sqrt(math.pi))).sum(dim=-1)
 
     def squared_error(
         self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor

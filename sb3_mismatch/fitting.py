@@ -296,7 +296,8 @@ class _Body(nn.Module):
 def _standardise(dynamics: Dynamics, batch: ReplayBufferSamples, train: th.Tensor) -> None:
     """Set the scales of inputs and targets, and the range of the data, from the training rows."""
     observations, actions, next_observations, _, rewards = (c[train] for c in batch[:5])
-    dynamics.fit_scales(observations, actions, dynamics.raw_targets(observations, next_observations, rewards))
+    dynamics.inputs.fit(th.cat([observations, actions], dim=1))
+    dynamics.targets.fit(dynamics.raw_targets(observations, next_observations, rewards))
     dynamics.next_observations.fit(next_observations)
     dynamics.healthy_range.fit(next_observations, batch.dones[train])
     seen = th.cat([th.cat([observations, next_observations]), th.cat([rewards, rewards])], dim=1)

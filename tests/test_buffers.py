@@ -57,6 +57,10 @@ def test_real_rows(n_envs, as_dict, steps):
     assert_counted(data, as_dict)
     names = data.batch.observations[:, 2 if as_dict else 0]
     assert [(names == i).sum().item() for i in range(n_envs)] == [kept] * n_envs
+    # Oldest first, in each environment.
+    episode, t = data.batch.observations[:, [0, 1] if as_dict else [1, 2]].unbind(1)
+    for i in range(n_envs):
+        assert ((10 * episode + t)[names == i].diff() > 0).all()
     # Seven steps hold one end of an even and one limit of an odd episode.
     assert data.batch.dones.sum() == n_envs * {10: 2, 25: 3}[steps]
 
