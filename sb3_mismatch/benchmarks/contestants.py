@@ -39,11 +39,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def environment(s: dict[str, Any]) -> Any:
-    """``n_envs`` of the environment that is named, or of one of given sizes whose steps cost next to nothing."""
+def sized_env(s: dict[str, Any]) -> Any:
+    """An environment of the given sizes whose steps cost next to nothing."""
     import gymnasium as gym
     import numpy as np
-    from stable_baselines3.common.env_util import make_vec_env
 
     class Sized(gym.Env[np.ndarray, np.ndarray]):
         observation_space = gym.spaces.Box(-np.inf, np.inf, (s["obs_dim"],), np.float32)
@@ -60,7 +59,14 @@ def environment(s: dict[str, Any]) -> Any:
             state: np.ndarray = self.np_random.standard_normal(s["obs_dim"], dtype=np.float32)
             return state
 
-    return make_vec_env(s["env"] or Sized, n_envs=s["n_envs"], seed=0)
+    return Sized()
+
+
+def environment(s: dict[str, Any]) -> Any:
+    """``n_envs`` of the environment that is named, or of :func:`sized_env`."""
+    from stable_baselines3.common.env_util import make_vec_env
+
+    return make_vec_env(s["env"] or (lambda: sized_env(s)), n_envs=s["n_envs"], seed=0)
 
 
 def agent(kind: Any, s: dict[str, Any], **arguments: Any) -> Any:
@@ -260,9 +266,12 @@ def mbrl_imagination(s: dict[str, Any]) -> Work:
     states = draw((s["rows"], s["obs_dim"])).astype(np.float32)
     actions = draw((s["rows"], s["action_dim"])).astype(np.float32)
     model.update_normalizer(type("Batch", (), {"obs": states, "act": actions})())
-    env = environment(s).envs[0]
     world = import_module("mbrl.models").ModelEnv(
-        env, model, lambda _, states: th.zeros(len(states), 1, dtype=th.bool), None, th.Generator().manual_seed(0)
+        sized_env(s),
+        model,
+        lambda _, states: th.zeros(len(states), 1, dtype=th.bool),
+        None,
+        th.Generator().manual_seed(0),
     )
 
     def work(steps: int) -> None:
