@@ -200,7 +200,7 @@ class MixedReplayBuffer(ReplayBuffer):
             observations, next_observations = scale.observation(observations), scale.observation(next_observations)
             rewards = scale.reward(rewards)
         gamma, n_steps = self.payment.gamma, rewards.shape[1]
-        paid = raw.alive * self.payment.imagined(rewards, raw.log_ratio, raw.alive)
+        paid = raw.alive * self.payment.imagined(rewards, raw.log_ratio, raw.alive, raw.novelty)
         returns = (gamma ** th.arange(n_steps, device=paid.device) * paid).sum(dim=1, keepdim=True)
         discounts = th.full_like(returns, gamma**n_steps)
         return ReplayBufferSamples(observations, raw.actions, next_observations, raw.dones, returns, discounts)

@@ -332,7 +332,8 @@ def update_ahead(
         *transition, rewards = transitions
         rewards = (rewards / starts.reward_std).clamp(-starts.clip_reward, starts.clip_reward)
         log_ratio = classifier.log_ratio(*transition) if ahead.objective.uses_classifier else th.zeros_like(rewards)
-        paid = payment.imagined(rewards, log_ratio, th.ones_like(rewards))
+        novelty = dynamics.novelty(*transition[:2]) if ahead.objective.novelty_weight != 0 else None
+        paid = payment.imagined(rewards, log_ratio, th.ones_like(rewards), novelty)
         return paid, 1 - dynamics.end_probability(transition[2])
 
     def path(weights: Weights) -> Path:

@@ -113,6 +113,7 @@ class Dynamics(nn.Module):
     """
 
     holdout_loss: th.Tensor
+    holdout_error: th.Tensor
     low: th.Tensor
     high: th.Tensor
 
@@ -143,6 +144,7 @@ class Dynamics(nn.Module):
         nn.init.constant_(self.end.layers[-1].bias, -4.0)  # type: ignore[arg-type]
         # Floats, as every tensor of a state dict here: SB3's own tests overwrite them with random numbers.
         self.register_buffer("holdout_loss", th.zeros(n_members))
+        self.register_buffer("holdout_error", th.ones(n_targets))
         # The range of the targets' raw quantities (s', r), which imagination does not leave.
         self.register_buffer("low", th.full((n_targets,), -th.inf))
         self.register_buffer("high", th.full((n_targets,), th.inf))
@@ -313,6 +315,23 @@ class Dynamics(nn.Module):
         stacked = [x.expand(self.n_members, *x.shape) for x in (observations, actions)]
         predicted: Gaussian = self(*stacked)
         return predicted.mean.std(dim=0).mean(dim=-1, keepdim=True)
+
+    def novelty(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        What there is to learn of a transition from here, in nats and on average over targets: (N, .) -> (N, 1).
+
+        ½ log(1 + variance of the elites' means / their squared error on held-out rows): whether they disagree by more
+        than they err where the data are, whatever the units. A single elite agrees with itself: zero.
+
+        Source: the information gain of MaxInfoRL (Sukhija et al., 2024), there over the members' own variances, which
+        grow off the data as well.
+        """
+        if self.n_elites == 1:
+            return th.zeros_like(observations[:, :1])
+        stacked = [x.expand(self.n_elites, *x.shape) for x in (observations, actions)]
+        predicted: Gaussian = self(*stacked, self.elites)
+        ratio = predicted.mean.var(dim=0) / self.holdout_error.clamp(min=1e-8)
+        return 0.5 * ratio.log1p().mean(dim=-1, keepdim=True)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Parameters for the optimizer: weights of the networks decay, and nothing else does."""

@@ -225,6 +225,7 @@ def fit_dynamics(
     with th.no_grad():
         squared = dynamics.squared_error(held.observations, held.actions, held.next_observations, held.rewards)
         elite_error = squared[dynamics.elites].mean(dim=0)
+        dynamics.holdout_error.copy_(elite_error)
         nll = dynamics.nll(held.observations, held.actions, held.next_observations, held.rewards)
         # What rewards stray from a constant may be next to nothing beside it: that constant is explained as well.
         constant = (dynamics.targets.mean[-1] / dynamics.targets.std[-1]).square()

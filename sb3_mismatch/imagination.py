@@ -139,6 +139,7 @@ class ImaginedRows(NamedTuple):
     :param dones: one where the episode ends within the n steps
     :param rewards: of each of the n steps, (rows, n)
     :param log_ratio: the classifier's, of each of the n steps, (rows, n)
+    :param novelty: what there is to learn, in nats, of each of the n steps, (rows, n)
     :param alive: one for each step that comes before or with the end, (rows, n)
     """
 
@@ -148,14 +149,15 @@ class ImaginedRows(NamedTuple):
     dones: th.Tensor
     rewards: th.Tensor
     log_ratio: th.Tensor
+    novelty: th.Tensor
     alive: th.Tensor
 
 
-def n_step_rows(trajectories: Trajectories, log_ratio: th.Tensor, n_steps: int) -> ImaginedRows:
+def n_step_rows(trajectories: Trajectories, log_ratio: th.Tensor, novelty: th.Tensor, n_steps: int) -> ImaginedRows:
     """
     Every n-step transition that lies within the trajectories and does not start behind an end.
 
-    :param log_ratio: of each step, (horizon, n, 1)
+    :param log_ratio, novelty: of each step, (horizon, n, 1)
     """
     t = trajectories
     starts = range(len(t.rewards) - n_steps + 1)
@@ -174,6 +176,7 @@ def n_step_rows(trajectories: Trajectories, log_ratio: th.Tensor, n_steps: int) 
         (windows(t.dones) * alive).amax(dim=1, keepdim=True),
         windows(t.rewards),
         windows(log_ratio),
+        windows(novelty),
         alive,
     )
     return ImaginedRows(*(column[keep] for column in rows))

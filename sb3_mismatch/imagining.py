@@ -304,6 +304,13 @@ class Imagining(OffPolicyAlgorithm):
             return th.zeros_like(actions[..., :1])
         return self.world.classifier.log_ratio(observations, actions, next_observations)
 
+    def _novelty(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """What there is to learn at each pair, (..., 1); zero where the objective does not pay for it."""
+        if self._row.novelty_weight == 0:
+            return th.zeros_like(actions[..., :1])
+        flat = (x.flatten(0, -2) for x in (observations, actions))
+        return self.world.dynamics.novelty(*flat).view_as(actions[..., :1])
+
     def _n_starts(self, batch_size: int) -> int:
         """The imagined share of a minibatch."""
         return 0 if len(self.world.imagined) == 0 else batch_size - round(self._real_share * batch_size)
@@ -322,7 +329,8 @@ class Imagining(OffPolicyAlgorithm):
             transitions = (observations, actions, next_observations)
             rewards = world.outcomes.rewards(*transitions, learned)
             rewards = rewards if normalize is None else normalize.reward(rewards)
-            paid = payment.imagined(rewards, self._log_ratio(*transitions), th.ones_like(rewards))
+            judged = self._log_ratio(*transitions), th.ones_like(rewards), self._novelty(observations, actions)
+            paid = payment.imagined(rewards, *judged)
             return paid, world.outcomes.continuation(*transitions)
 
         with self._streams.active(), self._keeping_exploration():

@@ -13,6 +13,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, random_states, real_transitions
 from sb3_mismatch.expansion import Expanding
@@ -66,6 +67,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param n_members: networks in the ensemble (MBPO: 7)
     :param n_elites: how many of them imagine (MBPO: 5)
     :param log_ratio_weight: weight of the classifier's term in the policy's reward; ``None``: the objective's own
+    :param novelty_weight: what the policy earns for each nat that there is to learn, up to five, in the units of the
+        rewards that the critics see: above 0 it seeks what the members of the world disagree about, for rewards that
+        chance does not find; below 0 it keeps off; ``None``: the objective's own
     :param adversarial_weight: weight of realism and value in the dynamics' loss; ``None``: the objective's own
     :param likelihood_weight: weight of the fit to real transitions in the dynamics' loss; ``None``: the objective's own
     :param reward_shift: added to every reward before its logarithm is taken: a number, or "auto" for as much as
@@ -98,6 +102,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         n_members: int = 5,
         n_elites: int = 3,
         log_ratio_weight: float | None = None,
+        novelty_weight: float | None = None,
         adversarial_weight: float | None = None,
         likelihood_weight: float | None = None,
         reward_shift: float | str = 0.0,
@@ -125,6 +130,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.n_members = n_members
         self.n_elites = n_elites
         self.log_ratio_weight = log_ratio_weight
+        self.novelty_weight = novelty_weight
         self.adversarial_weight = adversarial_weight
         self.likelihood_weight = likelihood_weight
         self.reward_shift = reward_shift
@@ -279,10 +285,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             normalize = self._normalization()
             rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
             paid = replace(self._payment(), unit=1.0).real(rewards)
-            # What is centred adds up to nothing.
-            adds = self._row.uses_classifier and not self._row.centred
-            slack = self._row.log_ratio_weight * self.world.classifier.max_log_ratio if adds else 0.0
-            self._scale_to(paid, slack)  # type: ignore[attr-defined]
+            self._scale_to(paid, self._row.slack(self.world.classifier.max_log_ratio))  # type: ignore[attr-defined]
 
     def _fit_dynamics(self, data: RealTransitions) -> None:
         """Minimise the objective's loss for the dynamics."""
@@ -323,7 +326,8 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             assert self.replay_buffer is not None
             starts = random_states(self.replay_buffer, self.world.observations, n_starts, self.device)
             trajectories = self._imagined_from(starts, horizon)
-            rows = n_step_rows(trajectories, self._log_ratio(*trajectories[:3]), n_steps)
+            novelty = self._novelty(*trajectories[:2])
+            rows = n_step_rows(trajectories, self._log_ratio(*trajectories[:3]), novelty, n_steps)
             (self.world.imagined.renew if renews else self.world.imagined.replace)(rows)
         met = trajectories.rows()
         self._world_log.update(
@@ -332,6 +336,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
                 "imagination/rows": len(self.world.imagined),
                 "imagination/finished": met.dones.mean().item(),
                 "imagination/reward": met.rewards.mean().item(),
+                "imagination/novelty": rows.novelty.mean().item(),
                 "imagination/real_ratio": self._real_share,
             }
         )
@@ -374,7 +379,12 @@ class MnM(ModelBased, Expanding):
 
     # There is one update for each step, as in SAC: at SAC's own rates values rise too late (CrossQ's are 1e-3 as well).
     # A fall lies a hundred steps off where its cause is, which a gamma of 0.99 hardly sees (DHMBPO: 0.995).
-    base_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "tau": 0.02, "gamma": 0.995}
+    # What has been learned is lost again where the policy moves on faster than its world follows: the rate falls.
+    base_defaults: ClassVar[dict[str, Any]] = {
+        "learning_rate": LinearSchedule(1e-3, 1e-4, end_fraction=1.0),
+        "tau": 0.02,
+        "gamma": 0.995,
+    }
 
     def __init__(
         self,

@@ -17,6 +17,9 @@ from typing import Protocol
 import numpy as np
 import torch as th
 
+#: Nats of novelty beyond which nothing is newer.
+MOST_NOVEL = 5.0
+
 
 class ModelTerms(Protocol):
     """
@@ -104,6 +107,9 @@ class Objective:
     :param centred: whether the log-ratio has its mean over the imagined rows subtracted before it is paid: a
         constant part would pay or punish staying alive
     :param uses_classifier: whether a classifier is trained at all
+    :param novelty_weight: weight of what there is to learn from a transition, in the policy's reward beside r̃: above 0
+        the policy seeks what the world does not know (MaxInfoRL, Sukhija et al., 2024), below 0 it keeps off, much as
+        in MOPO (Yu et al., 2020); centred where the log-ratio is
     """
 
     reward: Callable[[th.Tensor, th.Tensor, float], th.Tensor]
@@ -114,6 +120,12 @@ class Objective:
     takes_log: bool = False
     centred: bool = False
     uses_classifier: bool = True
+    novelty_weight: float = 0.0
+
+    def slack(self, max_log_ratio: float) -> float:
+        """By how much more or less than its reward an imagined step may be paid; what is centred adds up to nothing."""
+        of_ratio = self.log_ratio_weight * max_log_ratio if self.uses_classifier and not self.centred else 0.0
+        return of_ratio + abs(self.novelty_weight) * MOST_NOVEL
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -165,25 +177,34 @@ class Payment:
 
     def real(self, rewards: th.Tensor) -> th.Tensor:
         """r̃ of real rows, which need no correction: (n, 1)."""
-        return self._pay(rewards, th.zeros_like(rewards))
+        return self._tilde(rewards, th.zeros_like(rewards)) / self.unit
 
-    def imagined(self, rewards: th.Tensor, log_ratio: th.Tensor, alive: th.Tensor) -> th.Tensor:
+    def imagined(
+        self, rewards: th.Tensor, log_ratio: th.Tensor, alive: th.Tensor, novelty: th.Tensor | None = None
+    ) -> th.Tensor:
         """
-        r̃ of imagined steps, all of one shape.
+        r̃ of imagined steps, and what their novelty earns beside it, all of one shape.
 
         :param rewards: as the critics see them
         :param log_ratio: the classifier's
         :param alive: one for each step that counts; the others are left out of the mean
+        :param novelty: of :meth:`~sb3_mismatch.dynamics.Dynamics.novelty`; ``None``: nothing is new
         """
-        if self.row.centred:
-            log_ratio = log_ratio - (log_ratio * alive).sum() / alive.sum().clamp(min=1)
-        return self._pay(rewards, self.row.log_ratio_weight * log_ratio)
 
-    def _pay(self, rewards: th.Tensor, log_ratio: th.Tensor) -> th.Tensor:
+        def centred(x: th.Tensor) -> th.Tensor:
+            return x - (x * alive).sum() / alive.sum().clamp(min=1) if self.row.centred else x
+
+        paid = self._tilde(rewards, self.row.log_ratio_weight * centred(log_ratio))
+        if novelty is not None:
+            paid = paid + self.row.novelty_weight * centred(novelty.clamp(max=MOST_NOVEL))
+        return paid / self.unit
+
+    def _tilde(self, rewards: th.Tensor, log_ratio: th.Tensor) -> th.Tensor:
+        """r̃, ``log_ratio`` already times its weight."""
         if self.row.takes_log:
             # Learned rewards may fall below every real one.
             rewards = (rewards + self.offset).clamp(min=self.lowest)
-        return self.row.reward(rewards, log_ratio, self.gamma) / self.unit
+        return self.row.reward(rewards, log_ratio, self.gamma)
 
     def log_return(self, rewards: np.ndarray, steps: np.ndarray) -> float:
         """

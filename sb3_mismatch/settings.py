@@ -12,7 +12,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_mismatch.objectives import OBJECTIVES, Objective
 
 COUNTS = ("model_train_freq", "imagined_per_step", "imagined_n_steps", "n_members", "n_elites")
-WEIGHTS = ("log_ratio_weight", "adversarial_weight", "likelihood_weight")
+WEIGHTS = ("log_ratio_weight", "novelty_weight", "adversarial_weight", "likelihood_weight")
 FUNCTIONS = ("termination_fn", "reward_fn")
 DICTS = ("dynamics_kwargs", "classifier_kwargs", "fit_kwargs")
 
@@ -73,7 +73,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
     for name in WEIGHTS:
         if settings[name] is not None:
-            check_number(name, settings[name], 0, math.inf)
+            check_number(name, settings[name], -math.inf if name == "novelty_weight" else 0, math.inf)
     if isinstance(settings["reward_shift"], str):
         if settings["reward_shift"] != "auto":
             raise ValueError(f"reward_shift={settings['reward_shift']!r} must be a number or 'auto'")

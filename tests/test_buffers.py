@@ -135,7 +135,9 @@ def test_refused_row_of_a_compact_buffer_is_named_by_its_place():
 def numbered(first: int, n: int) -> ImaginedRows:
     """Rows of two steps that carry their number, in each column another way; observations have two dimensions."""
     x = th.arange(first, first + n, dtype=th.float32).unsqueeze(1)
-    return ImaginedRows(x.repeat(1, 2), -x, x.repeat(1, 2) + 0.5, x % 2, x * th.tensor([10.0, 20.0]), x.repeat(1, 2), x)
+    return ImaginedRows(
+        x.repeat(1, 2), -x, x.repeat(1, 2) + 0.5, x % 2, x * th.tensor([10.0, 20.0]), x.repeat(1, 2), x.repeat(1, 2), x
+    )
 
 
 def test_rows_are_drawn_whole_and_all():
@@ -173,7 +175,7 @@ def marked(flat: FlatObservations, n_steps: int = 1, n: int = 50) -> ImaginedRow
     behind = 1e6 * (1 - alive)
     observations = th.full((n, flat.dim), MARK)
     rewards, log_ratio = 100 * action + step + behind, step - action + behind
-    return ImaginedRows(observations, action, observations + 1, th.ones(n, 1), rewards, log_ratio, alive)
+    return ImaginedRows(observations, action, observations + 1, th.ones(n, 1), rewards, log_ratio, -log_ratio, alive)
 
 
 def mixed(real: ReplayBuffer, ratio: float, objective: str = "vmbpo", steps: int = 10, n_steps: int = 1) -> Any:

@@ -203,6 +203,22 @@ def test_heads_that_have_learned_nothing_see_no_end():
     assert Dynamics(3, 2).end_probability(th.randn(100, 3)).max() < 0.05
 
 
+def test_novelty_by_hand():
+    """½ log(1 + variance of the elites' means / their error), over targets; alike members have nothing to learn."""
+    dynamics = Dynamics(2, 1, 4, 3, (8,))
+    dynamics.holdout_loss.copy_(th.tensor([3.0, 9.0, 1.0, 2.0]))
+    s, a = th.randn(6, 2), th.randn(6, 1)
+    dynamics.holdout_error.copy_(th.tensor([0.5, 0.1, 0.02]))
+    means = th.stack([dynamics(s[None], a[None], th.tensor([i])).mean[0] for i in (0, 2, 3)])
+    expected = 0.5 * (1 + means.var(dim=0) / dynamics.holdout_error).log()
+    assert_close(dynamics.novelty(s, a), expected.mean(dim=1, keepdim=True))
+    with th.no_grad():
+        for parameter in dynamics.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    assert (dynamics.novelty(s, a) < 1e-6).all()
+    assert (Dynamics(2, 1, 4, 1, (8,)).novelty(s, a) == 0).all()
+
+
 def test_disagreement_is_the_spread_of_the_means():
     dynamics = ensemble()
     s, a = th.randn(6, 3), th.randn(6, 2)

@@ -19,6 +19,7 @@ from agents import (
     weights,
 )
 from stable_baselines3 import SAC
+from stable_baselines3.common.utils import LinearSchedule
 from test_compiled import assert_close_agents, trained_both_ways, uncompiled  # noqa: F401
 from torch.testing import assert_close
 
@@ -116,10 +117,12 @@ def test_values_are_told_in_the_units_of_the_rewards(model):
     assert_close(model._value(states) / model._unit, q_values.amin(dim=1, keepdim=True), atol=0.3, rtol=0.0)
 
 
-@pytest.mark.parametrize(("objective", "slack"), [("mnm-approx", 0.0), ("vmbpo", 5.0)])
-def test_bounds_leave_room_for_log_ratios_that_add_up(objective, slack, monkeypatch):
+@pytest.mark.parametrize(
+    ("objective", "novelty", "slack"), [("mnm-approx", 0.0, 0.0), ("mnm-approx", 0.5, 2.5), ("vmbpo", -0.5, 7.5)]
+)
+def test_bounds_leave_room_for_what_is_paid_beside_rewards(objective, novelty, slack, monkeypatch):
     soon(monkeypatch)
-    model = trained(BoxEnv(), 70, objective=objective, real_ratio=0.5)
+    model = trained(BoxEnv(), 70, objective=objective, novelty_weight=novelty, real_ratio=0.5)
     rewards = model.replay_buffer.rewards[: model._fitted_at]
     longest = 1 / (1 - model.gamma)
     low, high = min((rewards.min() - slack) * longest, 0), max((rewards.max() + slack) * longest, 0)
@@ -132,6 +135,22 @@ def test_the_actors_gradient_flows_through_the_learned_world(model):
     steps = model._path_from(8)
     (gradient,) = th.autograd.grad(steps.rewards[-1].sum(), model.actor.mu.weight)
     assert gradient.abs().max() > 0
+
+
+def test_novelty_is_paid_on_the_way(model):
+    """The same path with and without: what is earned besides is what there is to learn."""
+    model._starts_each = 8
+    ways = []
+    for weight in (0.0, 2.0):
+        again = copy.deepcopy(model)
+        again.novelty_weight = weight
+        ways.append(again._path_from(8))
+    without, paid = ways
+    assert_same(without.states, paid.states)
+    pairs = without.states[:-1].flatten(0, 1), without.actions[:-1].flatten(0, 1)
+    novelty = model.world.dynamics.novelty(*pairs).clamp(max=5.0).view_as(paid.rewards)
+    assert novelty.max() > novelty.min()
+    assert_close(paid.rewards - without.rewards, 2.0 * novelty / model._unit, atol=1e-5, rtol=1e-3)
 
 
 def test_temperature_starts_at_a_share_of_the_rewards_unless_it_is_given():
@@ -167,7 +186,8 @@ def test_adam_is_calm_where_gradients_are_small_unless_it_is_told_otherwise():
 @pytest.mark.parametrize("settings", [{"expansion": 5, "real_ratio": 1.0}, {"expansion": 0, "real_ratio": 1.0}])
 def test_real_rows_alone_are_sacs(settings, monkeypatch):
     soon(monkeypatch)
-    reference = SAC("MlpPolicy", environments(1), **sac_settings(learning_rate=1e-3, tau=0.02, gamma=0.995)).learn(130)
+    rate = LinearSchedule(1e-3, 1e-4, end_fraction=1.0)
+    reference = SAC("MlpPolicy", environments(1), **sac_settings(learning_rate=rate, tau=0.02, gamma=0.995)).learn(130)
     ours = MnM("MlpPolicy", environments(1), **small(**settings)).learn(130)
     assert_same(policy_contents(ours), policy_contents(reference))
 
@@ -178,12 +198,15 @@ def test_rows_and_expansion_of_the_same_seed_differ(monkeypatch):
     assert not th.equal(weights(a), weights(b))
 
 
-@pytest.mark.parametrize("objective", ["mbpo", "mnm-approx", "mnm"])
+@pytest.mark.parametrize(
+    ("objective", "novelty"), [("mbpo", -0.5), ("mnm-approx", 0.0), ("mnm-approx", 0.5), ("mnm", 0.0)]
+)
 @pytest.mark.parametrize("real_ratio", [0.0, 0.5])
-def test_compiled_is_plain(objective, real_ratio, uncompiled, monkeypatch):  # noqa: F811
+def test_compiled_is_plain(objective, novelty, real_ratio, uncompiled, monkeypatch):  # noqa: F811
     soon(monkeypatch)
     env = environments(2, BoxEnv, normalize=True)
-    model = trained(env, 160, objective=objective, real_ratio=real_ratio, reward_shift="auto", compile=False)
+    settings = {"objective": objective, "novelty_weight": novelty, "real_ratio": real_ratio}
+    model = trained(env, 160, **settings, reward_shift="auto", compile=False)
     assert_close_agents(*trained_both_ways(model))
 
 

@@ -115,7 +115,7 @@ def test_imagined_rows_carry_no_gradient():
 def test_two_step_rows_by_hand():
     trajectories = imagine(one, Sum(), EndAt(), STARTS, horizon=3)
     log_ratio = trajectories.rewards + 1
-    rows = n_step_rows(trajectories, log_ratio, n_steps=2)
+    rows = n_step_rows(trajectories, log_ratio, -log_ratio, n_steps=2)
     expected = th.tensor(
         [
             # s, a, end, r, alive
@@ -165,17 +165,18 @@ def test_n_step_rows_against_a_loop(data, horizon, n, seed):
                 [float(ends.any())],
                 rewards[window, i, 0],
                 log_ratio.numpy()[window, i, 0],
+                -log_ratio.numpy()[window, i, 0],
                 np.arange(n_steps) < steps,
             )
             expected.append(np.concatenate(row))
-    rows = n_step_rows(trajectories, log_ratio, n_steps)
-    width = 3 + 2 + 3 + 1 + 3 * n_steps
+    rows = n_step_rows(trajectories, log_ratio, -log_ratio, n_steps)
+    width = 3 + 2 + 3 + 1 + 4 * n_steps
     np.testing.assert_allclose(th.cat(rows, dim=1).numpy(), np.reshape(expected, (-1, width)))
 
 
 def test_rows_of_one_step_are_the_transitions():
     trajectories, log_ratio = drawn(horizon=5, n=20, seed=0)
-    rows = n_step_rows(trajectories, log_ratio, n_steps=1)
+    rows = n_step_rows(trajectories, log_ratio, -log_ratio, n_steps=1)
     for ours, single in zip(rows[:5], trajectories.rows()[:5], strict=True):
         assert th.equal(ours, single)
     assert th.equal(rows.log_ratio, log_ratio[trajectories.alive > 0].unsqueeze(1))
@@ -184,7 +185,7 @@ def test_rows_of_one_step_are_the_transitions():
 
 def test_rows_of_the_whole_horizon_are_one_for_each_trajectory():
     trajectories, log_ratio = drawn(horizon=5, n=20, seed=0)
-    rows = n_step_rows(trajectories, log_ratio, n_steps=5)
+    rows = n_step_rows(trajectories, log_ratio, -log_ratio, n_steps=5)
     assert th.equal(rows.observations, trajectories.observations[0])
     assert th.equal(rows.next_observations, trajectories.next_observations[-1])
     assert th.equal(rows.rewards, trajectories.rewards.squeeze(2).T)

@@ -475,6 +475,7 @@ WORLD_KEYS = {
     "imagination/rows",
     "imagination/finished",
     "imagination/reward",
+    "imagination/novelty",
     "imagination/real_ratio",
     "imagination/seconds",
 }

@@ -144,6 +144,29 @@ def test_steps_behind_an_end_are_left_out_of_the_mean():
     assert nobody.isfinite().all()
 
 
+def test_novelty_is_paid_beside_any_reward():
+    """Up to five nats, 0.25 and 5; centred where the log-ratio is."""
+    novelty = th.tensor([[0.25], [7.0]])
+
+    def earned(name: str, weight: float) -> th.Tensor:
+        row = replace(OBJECTIVES[name], novelty_weight=weight)
+        alone = Payment(row, GAMMA, unit=10.0).imagined(REWARDS, LOG_RATIO, ALIVE)
+        return Payment(row, GAMMA, unit=10.0).imagined(REWARDS, LOG_RATIO, ALIVE, novelty) - alone
+
+    for name in ("mbpo", "vmbpo", "mnm"):
+        assert_close(earned(name, 2.0), th.tensor([[0.05], [1.0]]))
+        assert_close(earned(name, -2.0), th.tensor([[-0.05], [-1.0]]))
+        assert_close(earned(name, 0.0), th.zeros(2, 1))
+    assert_close(earned("mnm-approx", 2.0), th.tensor([[-0.475], [0.475]]))
+
+
+def test_slack_by_hand():
+    assert replace(OBJECTIVES["vmbpo"], log_ratio_weight=0.5).slack(4.0) == 2.0
+    assert replace(OBJECTIVES["vmbpo"], novelty_weight=-3.0).slack(4.0) == 19.0
+    assert OBJECTIVES["mnm-approx"].slack(4.0) == OBJECTIVES["mbpo"].slack(4.0) == 0.0
+    assert replace(OBJECTIVES["mnm-approx"], novelty_weight=0.5).slack(4.0) == 2.5
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_real_rows_need_no_correction(name):
     paid = Payment(OBJECTIVES[name], GAMMA).real(REWARDS)

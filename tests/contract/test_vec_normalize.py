@@ -36,7 +36,12 @@ def normalized(**settings):
     env = VecNormalize(environments(2, Large), **settings.pop("normalize", {}))
     model = trained(env, 120, **{"real_ratio": 0.0, "expansion": 0, "objective": "mbpo", **settings})
     data = model._real_transitions().batch
-    row = ImaginedRows(*(column[7:8] for column in data[:5]), log_ratio=th.full((1, 1), 3.0), alive=th.ones(1, 1))
+    row = ImaginedRows(
+        *(column[7:8] for column in data[:5]),
+        log_ratio=th.full((1, 1), 3.0),
+        novelty=th.zeros(1, 1),
+        alive=th.ones(1, 1),
+    )
     model.world.imagined.replace(row)
     return model, row
 
