@@ -235,6 +235,9 @@ def _is_default(model: ModelBased, name: str, value: Any, default: Any) -> bool:
         # SB3 chooses the class by the observation space and by n_steps, and passes n_steps and gamma on.
         chosen = value.__module__ == ReplayBuffer.__module__ if inspect.isclass(value) else not value
         return bool(chosen or model.n_steps > 1)
+    if name == "learning_rate":
+        # Schedules that are alike are not equal.
+        return repr(value) == repr(default)
     if name == "policy_kwargs" and value:
         # SB3 passes this one on.
         value = {key: kwarg for key, kwarg in value.items() if key != "use_sde"}
