@@ -282,6 +282,9 @@ def test_elites_have_the_lowest_loss_on_held_out_rows():
     assert_close(dynamics.holdout_loss, losses)
     assert len(losses.unique()) == 6
     assert set(dynamics.elites.tolist()) == set(losses.argsort()[:2].tolist())
+    held = [c[split_holdout(data, FitSettings())[1]].expand(6, -1, -1) for c in data.batch[:5]]
+    errors = dynamics.squared_error(*held[:3], held[4])[dynamics.elites]
+    assert_close(dynamics.holdout_error, errors.mean(dim=0))
 
 
 def test_members_are_rolled_back_one_by_one():
