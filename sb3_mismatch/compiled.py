@@ -29,6 +29,7 @@ from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
 from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 from sb3_mismatch.objectives import Objective, Payment
+from sb3_mismatch.products import faster_products
 from sb3_mismatch.replaying import Replayed
 
 #: what an activation without parameters computes
@@ -401,7 +402,9 @@ def program(spec: Spec) -> Callable[[State, Rows, th.Tensor, World], th.Tensor]:
             old.copy_(new)
         return log
 
-    compiled: Callable[[State, Rows, th.Tensor, World], th.Tensor] = th.compile(step, fullgraph=True, dynamic=False)
+    compiled: Callable[[State, Rows, th.Tensor, World], th.Tensor] = th.compile(
+        step, fullgraph=True, dynamic=False, options={"post_grad_custom_post_pass": faster_products()}
+    )
     return compiled
 
 

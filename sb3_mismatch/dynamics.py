@@ -17,9 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_mismatch.healthy_range import HealthyRange
+from sb3_mismatch.products import linear
 
-#: Rows of each member that go through the networks together on a CPU: what is between two layers stays in its cache.
-ROWS_AT_ONCE = 500
+#: More rows than these go through one member after the other on a CPU, so many together: what is between two layers
+#: stays in its cache.
+ROWS_AT_ONCE = 1000
 
 
 class EnsembleLinear(nn.Module):
@@ -34,9 +36,11 @@ class EnsembleLinear(nn.Module):
 
     def forward(self, x: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
         """(K, N, in) -> (K, N, out), row block k through member ``members[k]``."""
-        if members is None:
-            return th.baddbmm(self.bias, x, self.weight)
-        return th.baddbmm(self.bias[members], x, self.weight[members])
+        weight = self.weight if members is None else self.weight[members]
+        bias = self.bias if members is None else self.bias[members]
+        if len(weight) == 1 and not th.is_grad_enabled():
+            return linear(x[0], weight[0], bias[0, 0]).unsqueeze(0)
+        return th.baddbmm(bias, x, weight)
 
 
 class EnsembleMLP(nn.Module):
@@ -295,13 +299,16 @@ class Dynamics(nn.Module):
         order = th.randperm(n, device=observations.device).repeat(-(-rows_each * len(elites) // n))
         order = order[: rows_each * len(elites)]
         blocks = order.view(len(elites), rows_each)
-        at_once = ROWS_AT_ONCE if order.device.type == "cpu" else rows_each
-        parts = [self.rsample(observations[part], actions[part], elites) for part in blocks.split(at_once, dim=1)]
-        next_observations, rewards = (th.cat(column, dim=1) for column in zip(*parts, strict=True))
+        shares = [(blocks, elites)]
+        if order.device.type == "cpu" and rows_each > ROWS_AT_ONCE:
+            each = zip(blocks.split(1), elites.split(1), strict=True)
+            shares = [(part, elite) for block, elite in each for part in block.split(ROWS_AT_ONCE, dim=1)]
+        parts = [self.rsample(observations[part], actions[part], members) for part, members in shares]
+        next_observations, rewards = (th.cat([x.flatten(0, 1) for x in column]) for column in zip(*parts, strict=True))
         # The place of each row among the shuffled ones.
         place = th.empty(n, dtype=th.long, device=order.device)
         place[order[:n]] = th.arange(n, device=order.device)
-        return next_observations.flatten(0, 1)[place], rewards.flatten(0, 1)[place]
+        return next_observations[place], rewards[place]
 
     @th.no_grad()
     def disagreement(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:

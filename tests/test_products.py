@@ -1,0 +1,90 @@
+"""Products by oneDNN are torch's up to rounding, alone and in compiled programs."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch as th
+from torch.testing import assert_close
+
+from sb3_mismatch import products
+
+pytestmark = pytest.mark.skipif(not th.backends.mkldnn.is_available(), reason="torch has no oneDNN")
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any processor."""
+    monkeypatch.setattr(products, "outruns_torch", lambda: True)
+
+
+def test_a_processor_that_oneDNN_does_not_suit_keeps_torchs(monkeypatch):
+    monkeypatch.setattr(products, "_product", None)
+    monkeypatch.setattr(products, "outruns_torch", lambda: False)
+    x, weight, bias = th.randn(128, 128), th.randn(128, 128), th.randn(128)
+    assert products.linear(x, weight, bias).equal(th.addmm(bias, x, weight))
+
+
+def test_linear(faster):
+    x, weight, bias = th.randn(300, 100), th.randn(100, 60), th.randn(60)
+    calls: list[str] = []
+    product = products._product
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_product", lambda *a: calls.append("oneDNN") or product(*a))
+        assert_close(products.linear(x, weight, bias), th.addmm(bias, x, weight), rtol=1e-4, atol=1e-4)
+        # Too small to be worth it.
+        assert_close(products.linear(x[:10], weight, bias), th.addmm(bias, x[:10], weight))
+    assert calls == ["oneDNN"]
+
+
+def compiled(function: Callable[..., th.Tensor], *inputs: th.Tensor) -> tuple[th.Tensor, str]:
+    """What a compiled function gives, and its program."""
+    with warnings.catch_warnings():
+        # torch warns of its own code.
+        warnings.simplefilter("ignore")
+        from torch._inductor.utils import run_and_get_code
+
+        program = th.compile(
+            function, dynamic=False, options={"post_grad_custom_post_pass": products.faster_products()}
+        )
+        result, (code, *_) = run_and_get_code(program, *inputs)
+    return result, code
+
+
+def test_a_compiled_program_and_its_gradients(faster):
+    x, weight, bias, last = th.randn(256, 100), th.randn(100, 100), th.randn(100), th.randn(100, 100)
+
+    def gradient(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, last: th.Tensor) -> th.Tensor:
+        def loss(weight: th.Tensor, last: th.Tensor) -> th.Tensor:
+            return (th.tanh(th.addmm(bias, x, weight)) @ last).square().mean()
+
+        return th.stack(th.func.grad(loss, argnums=(0, 1))(weight, last))
+
+    with th.no_grad():
+        result, code = compiled(gradient, x, weight, bias, last)
+        assert_close(result, gradient(x, weight, bias, last), rtol=1e-4, atol=1e-4)
+    # Two forward, one for the gradient of tanh's, two for those of the weights.
+    assert code.count("torch.ops.sb3_mismatch.product.default(") == 5
+    assert "extern_kernels.addmm" not in code
+
+
+def test_a_batch_in_a_compiled_program(faster):
+    bias, a, b = th.randn(3, 1, 150), th.randn(3, 200, 110), th.randn(3, 110, 150)
+    result, code = compiled(th.baddbmm, bias, a, b)
+    assert_close(result, th.baddbmm(bias, a, b), rtol=1e-4, atol=1e-4)
+    assert "torch.ops.sb3_mismatch.product.default(" in code
+    small, code = compiled(th.bmm, a[:, :10], b)
+    assert_close(small, th.bmm(a[:, :10], b))
+    assert "sb3_mismatch" not in code
+
+
+def test_programs_for_other_numbers_of_threads_are_other_programs():
+    threads = th.get_num_threads()
+    try:
+        names = []
+        for n in (1, 2):
+            th.set_num_threads(n)
+            names.append(products.faster_products().uuid())
+    finally:
+        th.set_num_threads(threads)
+    assert len(set(names)) == 2
