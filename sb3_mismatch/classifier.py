@@ -17,7 +17,8 @@ from sb3_mismatch.dynamics import Standardizer
 
 class Classifier(nn.Module):
     """
-    A binary classifier of transitions, real as one.
+    A binary classifier of transitions, real as one. Dimensions of the state that the dynamics do not foretell it does
+    not see: it would know imagined noise at once, and learn nothing else.
 
     :param obs_dim: size of the flat observation
     :param action_dim: size of the flat action
@@ -26,6 +27,8 @@ class Classifier(nn.Module):
     :param input_noise: standard deviation of the noise on the standardised inputs while training (DARC: 1)
     :param max_log_ratio: the log-ratio is clipped to this many nats on either side
     """
+
+    seen: th.Tensor
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Classifier(nn.Module):
         self.label_smoothing, self.input_noise, self.max_log_ratio = label_smoothing, input_noise, max_log_ratio
         # The change of state is an input of its own scale: beside s and s' alone it would drown.
         self.inputs = Standardizer(2 * obs_dim + action_dim)
+        self.register_buffer("seen", th.ones(2 * obs_dim + action_dim))
         sizes = [2 * obs_dim + action_dim, *net_arch]
         layers: list[nn.Module] = []
         for i, o in pairwise(sizes):
@@ -60,8 +64,12 @@ class Classifier(nn.Module):
         x = self.inputs.transform(self.features(observations, actions, next_observations))
         if self.training and self.input_noise > 0:
             x = x + self.input_noise * th.randn_like(x)
-        logits: th.Tensor = self.net(x)
+        logits: th.Tensor = self.net(self.seen * x)
         return logits
+
+    def see(self, foretold: th.Tensor) -> None:
+        """Look at these dimensions of the state, ones, and at no others, zeros: (obs_dim,)."""
+        self.seen[: len(foretold)] = self.seen[-len(foretold) :] = foretold
 
     def loss(self, logits: th.Tensor, labels_real_is_one: th.Tensor) -> th.Tensor:
         """Cross-entropy with smoothed labels: a scalar."""

@@ -24,6 +24,12 @@ from sb3_mismatch.products import linear
 ROWS_AT_ONCE = 1000
 
 
+#: A dimension of the next state of whose variance this share is left unexplained is not foretold: it is noise.
+NOISE = 0.9
+#: What it weighs in the losses is enough for its own outputs to learn, should there be something to learn after all.
+NOISE_WEIGHT = 0.01
+
+
 class EnsembleLinear(nn.Module):
     """E linear layers as one batched product; weights from a normal truncated at two standard deviations."""
 
@@ -106,6 +112,9 @@ class Dynamics(nn.Module):
     Everything outside is in the environment's own units (actions scaled to [-1, 1]); inputs and targets are
     standardised inside. Each learned state dimension and the reward has its own scale.
 
+    Dimensions of the state that cannot be foretold, the contact forces of Ant-v5 say, are drawn as they are spread in
+    the data, tell the networks nothing and hardly weigh in their losses, once :meth:`ignore_noise` has been called.
+
     :param obs_dim: size of the flat observation
     :param action_dim: size of the flat action
     :param n_members: networks in the ensemble (MBPO: 7)
@@ -118,6 +127,7 @@ class Dynamics(nn.Module):
 
     holdout_loss: th.Tensor
     holdout_error: th.Tensor
+    foretold: th.Tensor
     low: th.Tensor
     high: th.Tensor
 
@@ -149,6 +159,7 @@ class Dynamics(nn.Module):
         # Floats, as every tensor of a state dict here: SB3's own tests overwrite them with random numbers.
         self.register_buffer("holdout_loss", th.zeros(n_members))
         self.register_buffer("holdout_error", th.ones(n_targets))
+        self.register_buffer("foretold", th.ones(obs_dim))
         # The range of the targets' raw quantities (s', r), which imagination does not leave.
         self.register_buffer("low", th.full((n_targets,), -th.inf))
         self.register_buffer("high", th.full((n_targets,), th.inf))
@@ -161,6 +172,7 @@ class Dynamics(nn.Module):
     def forward(self, observations: th.Tensor, actions: th.Tensor, members: th.Tensor | None = None) -> Gaussian:
         """(K, N, obs_dim), (K, N, action_dim) -> standardised targets' distribution."""
         x = self.inputs.transform(th.cat([observations, actions], dim=-1))
+        x = x * F.pad(self.foretold, (0, actions.shape[-1]), value=1.0)
         mean, log_var = self.body(x, members).chunk(2, dim=-1)
         # From one down to the noise of a simulator is a long way for a log-variance: five times as fast a stride.
         log_var = 5.0 * log_var
@@ -177,14 +189,31 @@ class Dynamics(nn.Module):
         """:meth:`raw_targets`, standardised."""
         return self.targets.transform(self.raw_targets(observations, next_observations, rewards))
 
-    def decode(self, observations: th.Tensor, targets: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """Standardised targets -> (s', r) in the environment's units, within the widened range of the data."""
+    def decode(
+        self, observations: th.Tensor, targets: th.Tensor, noise: th.Tensor | None = None
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Standardised targets -> (s', r) in the environment's units, within the widened range of the data.
+
+        :param noise: standard normal, (K, N, obs_dim + 1): where among the data a dimension lies that is not foretold;
+            ``None``: in the middle
+        """
         raw = self.targets.inverse(targets)
-        state, reward = observations + raw[..., :-1], raw[..., -1:]
+        spread = th.zeros_like(observations) if noise is None else noise[..., :-1]
+        state = th.where(self.foretold > 0, observations + raw[..., :-1], self.next_observations.inverse(spread))
         # Half a range beyond the data: free to go where no data is, never off to infinity.
         margin = 0.5 * (self.high - self.low)
-        out = th.cat([state, reward], dim=-1).clamp(self.low - margin, self.high + margin)
+        out = th.cat([state, raw[..., -1:]], dim=-1).clamp(self.low - margin, self.high + margin)
         return out[..., :-1], out[..., -1:]
+
+    def ignore_noise(self) -> None:
+        """Tell the dimensions of the state that are foretold on held-out rows from those that are not."""
+        unexplained = self.holdout_error[:-1] * (self.targets.std[:-1] / self.next_observations.std).square()
+        self.foretold.copy_(unexplained < NOISE)
+
+    def _weights(self) -> th.Tensor:
+        """Of the targets in the losses, (obs_dim + 1,)."""
+        return F.pad(self.foretold.clamp(min=NOISE_WEIGHT), (0, 1), value=1.0)
 
     def nll(
         self,
@@ -203,7 +232,7 @@ class Dynamics(nn.Module):
         """:meth:`nll` under what was predicted already."""
         mean, log_var = predicted
         targets = self.standard_targets(observations, next_observations, rewards)
-        return 0.5 * ((mean - targets).square() * (-log_var).exp() + log_var).sum(dim=-1)
+        return 0.5 * (self._weights() * ((mean - targets).square() * (-log_var).exp() + log_var)).sum(dim=-1)
 
     def crps_of(
         self, predicted: Gaussian, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
@@ -222,7 +251,8 @@ class Dynamics(nn.Module):
         std = (0.5 * log_var).exp()
         z = (targets - mean) / std
         twice_density = math.sqrt(2 / math.pi) * (-0.5 * z.square()).exp()
-        return (std * (z * th.erf(z / math.sqrt(2)) + twice_density - 1 / math.sqrt(math.pi))).sum(dim=-1)
+        scores = std * (z * th.erf(z / math.sqrt(2)) + twice_density - 1 / math.sqrt(math.pi))
+        return (self._weights() * scores).sum(dim=-1)
 
     def squared_error(
         self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
@@ -242,7 +272,7 @@ class Dynamics(nn.Module):
 
         It ends where the state leaves the healthy range, or for what the end-of-episode heads have seen beside that.
         """
-        logits = self.end(self.next_observations.transform(next_observations))
+        logits = self.end(self.foretold * self.next_observations.transform(next_observations))
         return self.healthy_range.log_survival(next_observations) + F.logsigmoid(-logits)
 
     def end_probability(self, next_observations: th.Tensor) -> th.Tensor:
@@ -269,7 +299,7 @@ class Dynamics(nn.Module):
         """:meth:`rsample` from what was predicted already."""
         mean, log_var = predicted
         noise = th.randn_like(mean) if noise is None else noise
-        return self.decode(observations, mean + (0.5 * log_var).exp() * noise)
+        return self.decode(observations, mean + (0.5 * log_var).exp() * noise, noise)
 
     def rsample_parts(
         self, observations: th.Tensor, actions: th.Tensor, turn: int, noise: th.Tensor | None = None

@@ -179,6 +179,7 @@ def fit_dynamics(
     data: RealTransitions,
     loss: ModelLoss,
     settings: FitSettings,
+    ignores_noise: bool = False,
 ) -> dict[str, float]:
     """
     Fit all members at once, from where they stand.
@@ -188,6 +189,7 @@ def fit_dynamics(
     end-of-episode heads, which share no parameter with the rest, are judged apart.
 
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
+    :param ignores_noise: whether dimensions of the state that turn out not to be foretold are ignored from here on
     :return: for the log, on held-out rows: negative log-likelihood, squared error per head, the larger share of next
         states' variance and of rewards' mean square that is left unexplained, and how many members had exploded
         (:func:`exploded`) and were rolled back with their optimizer's moments
@@ -226,13 +228,18 @@ def fit_dynamics(
         squared = dynamics.squared_error(held.observations, held.actions, held.next_observations, held.rewards)
         elite_error = squared[dynamics.elites].mean(dim=0)
         dynamics.holdout_error.copy_(elite_error)
+        if ignores_noise:
+            dynamics.ignore_noise()
         nll = dynamics.nll(held.observations, held.actions, held.next_observations, held.rewards)
         # What rewards stray from a constant may be next to nothing beside it: that constant is explained as well.
         constant = (dynamics.targets.mean[-1] / dynamics.targets.std[-1]).square()
-        unexplained = th.maximum(elite_error[:-1].mean(), elite_error[-1] / (1 + constant))
+        told = elite_error[:-1][(dynamics.foretold > 0) & (dynamics.high > dynamics.low)[:-1]]
+        state_error = told.mean() if len(told) > 0 else elite_error[:-1].mean()
+        unexplained = th.maximum(state_error, elite_error[-1] / (1 + constant))
     return {
         "dynamics/nll": nll[dynamics.elites].mean().item(),
-        "dynamics/state_error": elite_error[:-1].mean().item(),
+        "dynamics/state_error": state_error.item(),
+        "dynamics/foretold": dynamics.foretold.mean().item(),
         "dynamics/reward_error": elite_error[-1].item(),
         "dynamics/unexplained": unexplained.item(),
         "dynamics/end_error": end_error.mean().item(),
@@ -320,6 +327,7 @@ def fit_classifier(
     data: RealTransitions,
     sample_next: SampleNext,
     settings: FitSettings,
+    foretold: th.Tensor | None = None,
 ) -> dict[str, float]:
     """
     Train the classifier on real s' against s' ~ q(.|s, a) at the same (s, a).
@@ -327,6 +335,7 @@ def fit_classifier(
     A fit that explodes (:func:`exploded`) is rolled back to its start, the optimizer with it.
 
     :param sample_next: the dynamics' draw of s' at (s, a)
+    :param foretold: the dimensions of the state that the classifier sees, ones, and others, (obs_dim,); ``None``: all
     :return: for the log, on held-out rows: loss, accuracy, mean log-ratio of real and of imagined next states, share
         of log-ratios at the clip, and whether the fit was rolled back
     :raises ValueError: when the loss is not finite at the start either
@@ -335,6 +344,8 @@ def fit_classifier(
     batch_size = settings.batch_size
     observations, actions, next_observations = data.batch.observations, data.batch.actions, data.batch.next_observations
     classifier.inputs.fit(classifier.features(observations[train], actions[train], next_observations[train]))
+    if foretold is not None:
+        classifier.see(foretold)
     judge = _held_out(classifier, data, holdout, sample_next)
     first = judge().loss
     start = deepcopy(classifier.state_dict()), deepcopy(optimizer.state_dict())

@@ -295,7 +295,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             return row.model_loss(Terms(row, world.dynamics, world.classifier, self._value, rows), self.gamma)
 
         with self._timed("dynamics/seconds"):
-            log = fit_dynamics(world.dynamics, world.dynamics_optimizer, data, loss, world.fit_settings)
+            log = fit_dynamics(
+                world.dynamics, world.dynamics_optimizer, data, loss, world.fit_settings, row.ignores_noise
+            )
         self._world_log.update(log)
         self._unexplained = log["dynamics/unexplained"]
 
@@ -309,7 +311,14 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             return world.dynamics.sample(observations, actions)[0]
 
         with self._timed("classifier/seconds"):
-            log = fit_classifier(world.classifier, world.classifier_optimizer, data, sample_next, world.fit_settings)
+            log = fit_classifier(
+                world.classifier,
+                world.classifier_optimizer,
+                data,
+                sample_next,
+                world.fit_settings,
+                world.dynamics.foretold,
+            )
         self._world_log.update(log)
 
     @th.no_grad()
