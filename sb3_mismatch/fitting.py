@@ -190,9 +190,10 @@ def fit_dynamics(
 
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
     :param ignores_noise: whether dimensions of the state that turn out not to be foretold are ignored from here on
-    :return: for the log, on held-out rows: negative log-likelihood, squared error per head, the larger share of next
-        states' variance and of rewards' mean square that is left unexplained, and how many members had exploded
-        (:func:`exploded`) and were rolled back with their optimizer's moments
+    :return: for the log, on held-out rows: negative log-likelihood, squared error per head (of states over what varies
+        and is not ignored), the share of dimensions that are not ignored, the larger share of next states' variance
+        and of rewards' mean square that is left unexplained, and how many members had exploded (:func:`exploded`) and
+        were rolled back with their optimizer's moments
     :raises ValueError: when the loss on held-out rows is finite neither at the start nor at the end
     """
     train, holdout = split_holdout(data, settings)
@@ -233,8 +234,9 @@ def fit_dynamics(
         nll = dynamics.nll(held.observations, held.actions, held.next_observations, held.rewards)
         # What rewards stray from a constant may be next to nothing beside it: that constant is explained as well.
         constant = (dynamics.targets.mean[-1] / dynamics.targets.std[-1]).square()
-        told = elite_error[:-1][(dynamics.foretold > 0) & (dynamics.high > dynamics.low)[:-1]]
-        state_error = told.mean() if len(told) > 0 else elite_error[:-1].mean()
+        varies = (dynamics.high > dynamics.low)[:-1]
+        told = varies & (dynamics.foretold > 0)
+        state_error = elite_error[:-1][told].mean() if told.any() else varies.any().float()
         unexplained = th.maximum(state_error, elite_error[-1] / (1 + constant))
     return {
         "dynamics/nll": nll[dynamics.elites].mean().item(),

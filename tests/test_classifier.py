@@ -169,3 +169,16 @@ def test_loss_that_is_not_finite_is_told():
     optimizer = th.optim.Adam(classifier.parameters())
     with pytest.raises(ValueError, match="the classifier's loss is not finite: lower classifier_kwargs"):
         fit_classifier(classifier, optimizer, data, lambda s, a: s, FitSettings(classifier_steps=3))
+
+
+def test_what_is_not_foretold_is_not_seen():
+    th.manual_seed(0)
+    classifier = Classifier(2, 1).eval()
+    s, a, s2 = th.randn(5, 2), th.randn(5, 1), th.randn(5, 2)
+    before = classifier.log_ratio(s, a, s2)
+    classifier.see(th.tensor([1.0, 0.0]))
+    noise = th.tensor([0.0, 7.0])
+    assert not classifier.log_ratio(s, a, s2).equal(before)
+    assert classifier.log_ratio(s, a, s2).equal(classifier.log_ratio(s + noise, a, s2 - noise))
+    classifier.see(th.ones(2))
+    assert classifier.log_ratio(s, a, s2).equal(before)

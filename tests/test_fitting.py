@@ -412,6 +412,77 @@ def test_crps_learns_what_likelihood_leaves_to_noise():
     assert errors["crps_of"] < 0.6 * errors["nll_of"], errors
 
 
+# -- dimensions that cannot be foretold --
+
+
+def half_noise(n: int = 2000) -> RealTransitions:
+    """s'_0 = 0.8 s_0 + 0.2 a, and s_1 = 3 + 0.5 ε, which nothing foretells."""
+    s, a = th.randn(n, 2), th.randn(n, 1)
+    s[:, 1] = 3 + 0.5 * s[:, 1]
+    following = th.cat([0.8 * s[:, :1] + 0.2 * a, 3 + 0.5 * th.randn(n, 1)], dim=1)
+    return rows_of(s, a, following, s[:, :1])
+
+
+def ignoring(dynamics: Dynamics, data: RealTransitions, steps: int) -> dict[str, float]:
+    optimizer = th.optim.Adam(dynamics.parameters(), lr=3e-3)
+    return fit_dynamics(
+        dynamics, optimizer, data, likelihood(dynamics), FitSettings(dynamics_steps=steps), ignores_noise=True
+    )
+
+
+def test_noise_is_drawn_as_it_is_spread_and_tells_nothing():
+    th.manual_seed(0)
+    dynamics = Dynamics(2, 1, 3, 3, net_arch=[32, 32])
+    log = ignoring(dynamics, half_noise(), steps=200)
+    assert dynamics.foretold.tolist() == [1, 0]
+    assert log["dynamics/foretold"] == 0.5
+    assert log["dynamics/state_error"] < 0.05 < dynamics.holdout_error[1]
+
+    s, a = th.randn(1, 2).expand(4000, -1), th.randn(1, 1).expand(4000, -1)
+    drawn, _ = dynamics.sample(s, a)
+    assert drawn[:, 1].mean() == pytest.approx(3, abs=0.1)
+    assert drawn[:, 1].std() == pytest.approx(0.5, rel=0.1)
+    # The rest follows from the rest alone.
+    other = s + th.tensor([0.0, 7.0])
+    means = [dynamics(x.expand(3, -1, -1), a[:1].expand(3, -1, -1)).mean for x in (s[:1], other[:1])]
+    assert_close(*means)
+    assert_close(*(dynamics.log_survival(x.expand(3, -1, -1)) for x in (s[:1], other[:1])))
+    middle = dynamics.decode(s[:1].expand(3, -1, -1), means[0])[0]
+    assert_close(middle[:, 0, 1], dynamics.next_observations.mean[1].expand(3))
+
+
+def test_what_can_be_foretold_after_all_comes_back():
+    th.manual_seed(0)
+    dynamics = Dynamics(2, 1, 2, 2, net_arch=[32, 32])
+    ignoring(dynamics, half_noise(), steps=50)
+    assert dynamics.foretold.tolist() == [1, 0]
+    # Now s'_1 - s_1 is worth knowing, and what s_0 and a tell of it is enough to see that.
+    data = half_noise()
+    data.batch.next_observations[:, 1] = 3 + data.batch.observations[:, 0]
+    ignoring(dynamics, data, steps=300)
+    assert dynamics.foretold.tolist() == [1, 1]
+
+
+def test_all_noise_is_unexplained_and_a_constant_is_not():
+    th.manual_seed(0)
+    data = half_noise()
+    dynamics = Dynamics(1, 1, 2, 2, net_arch=[32])
+    alone = [column[:, 1:] for column in (data.batch.observations, data.batch.next_observations)]
+    log = ignoring(dynamics, rows_of(alone[0], data.batch.actions, alone[1]), steps=100)
+    assert dynamics.foretold.tolist() == [0]
+    assert log["dynamics/unexplained"] == 1
+    constant = th.full_like(alone[0], 2.0)
+    log = ignoring(dynamics, rows_of(constant, data.batch.actions, constant), steps=100)
+    assert log["dynamics/unexplained"] < 1e-4
+
+
+def test_noise_is_kept_unless_asked():
+    th.manual_seed(0)
+    dynamics = Dynamics(2, 1, 2, 2, net_arch=[32])
+    fit(dynamics, half_noise(), dynamics_steps=50)
+    assert dynamics.foretold.tolist() == [1, 1]
+
+
 def test_few_rows_still_draw():
     ours, *_ = terms(OBJECTIVES["vmbpo"], n=1)
     assert ours.value.shape == ours.log_ratio.shape == (3,)

@@ -462,6 +462,30 @@ def test_a_buffer_that_is_not_finite_is_told(column):
     assert all_finite(model)
 
 
+# -- noise --
+
+
+class Noisy(gym.ObservationWrapper):
+    """Pendulum-v1 and a number that nothing foretells."""
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("Pendulum-v1"))
+        self.observation_space = spaces.Box(-np.inf, np.inf, (4,))
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return np.append(observation, self.np_random.standard_normal()).astype(np.float32)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_noise_is_ignored_unless_the_dynamics_lean_towards_value(objective):
+    shift = "auto" if OBJECTIVES[objective].takes_log else 0.0
+    model = trained(Noisy(), 300, objective=objective, reward_shift=shift, fit_kwargs={"dynamics_steps": 100})
+    ignores = objective == "mnm-approx"
+    world = model.world
+    assert world.dynamics.foretold.tolist() == [1, 1, 1, 1 - ignores]
+    assert world.classifier.seen.tolist() == [1, 1, 1, 1 - ignores, 1, 1, 1, 1, 1 - ignores]
+
+
 # -- logs --
 
 WORLD_KEYS = {
@@ -469,6 +493,7 @@ WORLD_KEYS = {
     "dynamics/state_error",
     "dynamics/reward_error",
     "dynamics/unexplained",
+    "dynamics/foretold",
     "dynamics/end_error",
     "dynamics/seconds",
     "imagination/horizon",
