@@ -17,22 +17,22 @@ from torch import fx
 FEWEST, FEWEST_IN_BATCH = 1_200_000, 3_000_000
 
 _LIBRARY = th.library.Library("sb3_mismatch", "DEF")
-_LIBRARY.define("product(Tensor a, Tensor b) -> Tensor")
+_LIBRARY.define("product(Tensor a, Tensor b, Tensor? bias=None, bool relu=False) -> Tensor")
 
 
-def _product(a: th.Tensor, b: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
-    out: th.Tensor = th.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+def _product(a: th.Tensor, b: th.Tensor, bias: th.Tensor | None = None, relu: bool = False) -> th.Tensor:
+    if a.dim() == 3:
+        return th.stack([_product(*each) for each in zip(a, b, strict=True)])
+    out: th.Tensor = th.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "relu" if relu else "none", [], "")
     return out
 
 
-def _products(a: th.Tensor, b: th.Tensor) -> th.Tensor:
-    return _product(a, b) if a.dim() == 2 else th.stack([_product(*each) for each in zip(a, b, strict=True)])
-
-
-_LIBRARY.impl("product", _products, "CPU")
-
-
-th.library.register_fake("sb3_mismatch::product", lambda a, b: a.new_empty(*a.shape[:-1], b.shape[-1]), lib=_LIBRARY)
+_LIBRARY.impl("product", _product, "CPU")
+th.library.register_fake(
+    "sb3_mismatch::product",
+    lambda a, b, bias=None, relu=False: a.new_empty(*a.shape[:-1], b.shape[-1]),
+    lib=_LIBRARY,
+)
 
 
 @cache
@@ -58,35 +58,45 @@ def linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
 
 
 def _replace(graph: fx.Graph) -> None:
-    aten = th.ops.aten
+    aten, product = th.ops.aten, th.ops.sb3_mismatch.product.default
     for node in list(graph.nodes):
         if node.target not in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
             continue
         *bias, a, b = node.args
         if node.kwargs or not _suits(a.meta["val"], b.meta["val"]):
             continue
+        last = node
         with graph.inserting_before(node):
-            new = graph.call_function(th.ops.sb3_mismatch.product.default, (a, b))
-            new.meta.update(node.meta)
-            if bias:
-                new = graph.call_function(aten.add.Tensor, (new, *bias))
+            if bias and bias[0].meta["val"].dim() == 1:
+                # A layer is one product: with its bias, and with the ReLU that alone looks at it.
+                (first, *others) = node.users
+                relu = not others and first.target is aten.relu.default
+                last = first if relu else node
+                new = graph.call_function(product, (a, b, *bias, relu))
+            else:
+                new = graph.call_function(product, (a, b))
                 new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+                if bias:
+                    new = graph.call_function(aten.add.Tensor, (new, *bias))
+            new.meta.update(node.meta)
+        last.replace_all_uses_with(new)
+        graph.erase_node(last)
+        if last is not node:
+            graph.erase_node(node)
 
 
 def faster_products() -> Any:
     """What turns the products of a compiled program, forward and backward, into oneDNN's: a pass over its graph."""
     # torch's compiler takes seconds to import, and who runs plain never needs it.
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class FasterProducts(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             _replace(graph)
 
-        def uuid(self) -> str:
+        def uuid(self) -> bytes:
             # torch's cache of compiled programs knows the pass by this, and forgets by itself how many threads a
             # program was made for: that of a single thread is slow on two.
-            return f"sb3_mismatch.products {outruns_torch()} {FEWEST} {FEWEST_IN_BATCH} {th.get_num_threads()}"
+            return get_hash_for_files((__file__,), f"{outruns_torch()} {th.get_num_threads()}")
 
     return FasterProducts()

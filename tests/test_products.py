@@ -68,6 +68,31 @@ def test_a_compiled_program_and_its_gradients(faster):
     assert "extern_kernels.addmm" not in code
 
 
+@pytest.mark.parametrize("bias", [th.randn(120), th.randn(200, 120), th.randn(200, 1)])
+def test_a_layer_is_one_product_where_its_bias_is_one(faster, bias):
+    x, weight = th.randn(200, 100), th.randn(100, 120)
+
+    def layer(bias: th.Tensor, x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+        return th.relu(th.addmm(bias, x, weight))
+
+    result, code = compiled(layer, bias, x, weight)
+    assert_close(result, layer(bias, x, weight), rtol=1e-4, atol=1e-4)
+    assert code.count("torch.ops.sb3_mismatch.product.default(") == 1
+    assert ("cpp_fused" in code) == (bias.dim() == 2)
+
+
+def test_a_sum_that_others_look_at_too_is_kept(faster):
+    bias, x, weight = th.randn(120), th.randn(200, 100), th.randn(100, 120)
+
+    def both(bias: th.Tensor, x: th.Tensor, weight: th.Tensor) -> th.Tensor:
+        total = th.addmm(bias, x, weight)
+        return th.relu(total) - 2 * total
+
+    result, code = compiled(both, bias, x, weight)
+    assert_close(result, both(bias, x, weight), rtol=1e-4, atol=1e-4)
+    assert code.count("torch.ops.sb3_mismatch.product.default(") == 1
+
+
 def test_a_batch_in_a_compiled_program(faster):
     bias, a, b = th.randn(3, 1, 150), th.randn(3, 200, 110), th.randn(3, 110, 150)
     result, code = compiled(th.baddbmm, bias, a, b)
