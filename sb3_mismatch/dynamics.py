@@ -22,8 +22,6 @@ from sb3_mismatch.products import linear
 #: More rows than these go through one member after the other on a CPU, so many together: what is between two layers
 #: stays in its cache.
 ROWS_AT_ONCE = 1000
-
-
 #: A dimension of the next state of whose variance this share is left unexplained is not foretold: it is noise.
 NOISE = 0.9
 #: What it weighs in the losses is enough for its own outputs to learn, should there be something to learn after all.
