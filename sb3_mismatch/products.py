@@ -2,7 +2,7 @@
 Matrix products by oneDNN where torch's own are slow.
 
 On a CPU torch multiplies matrices of single precision by Intel's MKL, which leaves the 512-bit units of other makers'
-processors idle. oneDNN, which comes with torch as well, uses them: it takes a half to a third of the time there.
+processors idle. oneDNN, which comes with torch as well, uses them.
 """
 
 import platform
