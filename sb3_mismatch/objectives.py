@@ -200,7 +200,9 @@ class Payment:
         """
 
         def centred(x: th.Tensor) -> th.Tensor:
-            return x - (x * alive).sum() / alive.sum().clamp(min=1) if self.row.centred else x
+            # The centre is a number: what one row is paid has no gradient in what another does.
+            centre = (x.detach() * alive).sum() / alive.sum().clamp(min=1) if self.row.centred else 0.0
+            return x - centre
 
         paid = self._tilde(rewards, self.row.log_ratio_weight * centred(log_ratio))
         if novelty is not None:

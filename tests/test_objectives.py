@@ -135,6 +135,14 @@ def test_centred_log_ratio_has_mean_zero():
     assert_close(pay("mnm-approx"), th.tensor([[1.1], [1.9]]))
 
 
+def test_the_centre_has_no_gradient():
+    """Of a sum over all rows it would take away what the log-ratio pulls at each."""
+    log_ratio = th.tensor([[0.5], [-1.5]], requires_grad=True)
+    paid = Payment(OBJECTIVES["mnm-approx"], GAMMA).imagined(th.zeros(2, 1), log_ratio, th.ones(2, 1))
+    (gradient,) = th.autograd.grad(paid.sum(), log_ratio)
+    assert_close(gradient, th.full((2, 1), 0.1))
+
+
 def test_steps_behind_an_end_are_left_out_of_the_mean():
     """0.5, -1.5 and 4 are alive and have the mean 1; -99 is not."""
     log_ratio, alive = th.tensor([[0.5, -1.5], [4.0, -99.0]]), th.tensor([[1.0, 1.0], [1.0, 0.0]])
