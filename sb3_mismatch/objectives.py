@@ -105,7 +105,8 @@ class Objective:
     :param takes_log: whether ``reward`` takes the logarithm of the environment's reward, so that the policy's
         objective is a lower bound on the log of the expected return
     :param centred: whether the log-ratio has its mean over the imagined rows subtracted before it is paid: a
-        constant part would pay or punish staying alive
+        constant part would pay or punish staying alive. It is paid without a gradient then: policies follow it by the
+        critics' values alone
     :param uses_classifier: whether a classifier is trained at all
     :param ignores_noise: whether dimensions of the state that cannot be foretold are left out of the dynamics'
         networks, losses and the classifier; what is to lean towards value has to keep its noise
@@ -200,9 +201,11 @@ class Payment:
         """
 
         def centred(x: th.Tensor) -> th.Tensor:
-            # The centre is a number: what one row is paid has no gradient in what another does.
-            centre = (x.detach() * alive).sum() / alive.sum().clamp(min=1) if self.row.centred else 0.0
-            return x - centre
+            if not self.row.centred:
+                return x
+            # What all rows would gain alike the mean takes away, and so nearly all of a gradient.
+            x = x.detach()
+            return x - (x * alive).sum() / alive.sum().clamp(min=1)
 
         paid = self._tilde(rewards, self.row.log_ratio_weight * centred(log_ratio))
         if novelty is not None:

@@ -135,12 +135,16 @@ def test_centred_log_ratio_has_mean_zero():
     assert_close(pay("mnm-approx"), th.tensor([[1.1], [1.9]]))
 
 
-def test_the_centre_has_no_gradient():
-    """Of a sum over all rows it would take away what the log-ratio pulls at each."""
-    log_ratio = th.tensor([[0.5], [-1.5]], requires_grad=True)
-    paid = Payment(OBJECTIVES["mnm-approx"], GAMMA).imagined(th.zeros(2, 1), log_ratio, th.ones(2, 1))
-    (gradient,) = th.autograd.grad(paid.sum(), log_ratio)
-    assert_close(gradient, th.full((2, 1), 0.1))
+@pytest.mark.parametrize(("objective", "slope"), [("mnm-approx", 0.0), ("vmbpo", 1.0)])
+def test_what_is_centred_is_paid_without_a_gradient(objective, slope):
+    reward, log_ratio, novelty = (th.tensor([[0.5], [-1.5]], requires_grad=True) for _ in range(3))
+    payment = Payment(replace(OBJECTIVES[objective], novelty_weight=1.0), GAMMA)
+    paid = payment.imagined(reward, log_ratio, th.ones(2, 1), novelty)
+    gradients = th.autograd.grad(paid.sum(), (reward, log_ratio, novelty), allow_unused=True)
+    of_reward, *others = (th.zeros(2, 1) if x is None else x for x in gradients)
+    assert_close(of_reward, th.ones(2, 1))
+    for gradient in others:
+        assert_close(gradient, th.full((2, 1), slope))
 
 
 def test_steps_behind_an_end_are_left_out_of_the_mean():
