@@ -47,7 +47,9 @@ def look_ahead(
     :param draw: states, actions, t -> next states and learned rewards, drawn
     :param earned: states, actions, next states, learned rewards of all steps -> r̃ and the probability to go on
     """
-    visited, learned, acted, log_probs = [states], [], [], []
+    visited, learned = [states], []
+    acted: list[th.Tensor] = []
+    log_probs = []
     for t, shift in enumerate(shifts):
         if t > 0:
             states, rewards = draw(states, acted[-1], t - 1)
@@ -57,8 +59,8 @@ def look_ahead(
         acted.append(actions + shift)
         log_probs.append(log_prob)
     transitions = (th.cat(column) for column in (visited[:-1], acted[:-1], visited[1:], learned))
-    each = (x.view(len(learned), -1, 1) for x in earned(*transitions))
-    return Path(th.stack(visited), th.stack(acted), th.stack(log_probs), *each, shifts)
+    rewards, continuation = (x.view(len(learned), -1, 1) for x in earned(*transitions))
+    return Path(th.stack(visited), th.stack(acted), th.stack(log_probs), rewards, continuation, shifts)
 
 
 def expanded_value(path: Path, last_value: th.Tensor, ent_coef: th.Tensor, gamma: float) -> th.Tensor:
