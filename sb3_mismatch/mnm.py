@@ -27,6 +27,7 @@ from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.saving import SavedWithWorld
 from sb3_mismatch.settings import check_replay_buffer_class, check_rows, check_settings, joined_signature
 from sb3_mismatch.terminations import TransitionFunction
+from sb3_mismatch.trials import Tried
 from sb3_mismatch.world import World
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
@@ -37,7 +38,7 @@ FEWEST_ROWS = 256
 RANDOM_STEPS_EACH, MOST_RANDOM_STEPS = 40, 1000
 
 
-class ModelBased(Guarded, SavedWithWorld, Imagining):
+class ModelBased(Guarded, SavedWithWorld, Imagining, Tried):
     """
     Gives an off-policy actor-critic of SB3 a learned world. Mixed in before the algorithm:
     ``class MnM(ModelBased, FastSAC)``.
@@ -81,6 +82,8 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param dynamics_kwargs: further arguments of :class:`~sb3_mismatch.dynamics.Dynamics`, and its ``learning_rate``
     :param classifier_kwargs: arguments of :class:`~sb3_mismatch.classifier.Classifier`, and its ``learning_rate``
     :param fit_kwargs: arguments of :class:`~sb3_mismatch.fitting.FitSettings`
+    :param trials: let a copy of the actor that stays as it is play every fourth episode of the first environment, and
+        ``predict`` play the copy that earned most while the actor itself earns less (:mod:`sb3_mismatch.trials`)
     :param figures_every: fits of the world between two sets of pictures of it in TensorBoard, where the logger writes
         there; 0: none
     """
@@ -112,6 +115,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         dynamics_kwargs: dict[str, Any] | None = None,
         classifier_kwargs: dict[str, Any] | None = None,
         fit_kwargs: dict[str, Any] | None = None,
+        trials: bool = True,
         figures_every: int = 50,
         _init_setup_model: bool = True,
         **kwargs: Any,
@@ -140,6 +144,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.dynamics_kwargs = dynamics_kwargs
         self.classifier_kwargs = classifier_kwargs
         self.fit_kwargs = fit_kwargs
+        self.trials = trials
         self.figures_every = figures_every
         self._fitted_at: int | None = None
         self._imagined_at = 0
@@ -437,9 +442,10 @@ class MBPO(MnM):
         random_steps: int | str = 0,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
+        trials: bool = False,
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
         own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "random_steps": random_steps}
-        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
+        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step, "trials": trials}
         super().__init__(*args, **own, **kwargs)

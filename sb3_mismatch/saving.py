@@ -26,6 +26,7 @@ from sb3_mismatch import sharing
 from sb3_mismatch.checkpoints import Checkpointed
 from sb3_mismatch.files import check_zip, sealed, written
 from sb3_mismatch.randomness import RandomStreams
+from sb3_mismatch.trials import Trials
 from sb3_mismatch.world import World
 
 SelfSavedWithWorld = TypeVar("SelfSavedWithWorld", bound="SavedWithWorld")
@@ -36,6 +37,7 @@ Path = str | pathlib.Path | io.BufferedIOBase
 PICKLED = ("objective", "termination_fn", "reward_fn")
 
 _STATE = "world/state.pt"
+_TRIALS = "trials.pt"
 
 
 class SavedWithWorld(Checkpointed):
@@ -43,6 +45,7 @@ class SavedWithWorld(Checkpointed):
 
     world: World
     _streams: RandomStreams
+    _trials: Trials | None
     _fitted_at: int | None
 
     def save(self, path: Path, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
@@ -51,16 +54,16 @@ class SavedWithWorld(Checkpointed):
 
         Whoever is killed meanwhile leaves the file before whole (:mod:`sb3_mismatch.files`).
 
-        :param exclude: as in SB3; ``["world"]`` leaves the world out
+        :param exclude: as in SB3; ``["world"]`` leaves the world out, not what trials have proven
         """
         exclude = list(exclude or [])
         settings = {name: getattr(self, name) for name in PICKLED if name not in exclude}
         pickled = {name: value for name, value in settings.items() if not isinstance(value, str | None)}
         members = {f"world/{name}.pkl": cloudpickle.dumps(value) for name, value in pickled.items()}
         if "world" not in exclude:
-            buffer = io.BytesIO()
-            th.save({"streams": self._streams.state_dict()}, buffer)
-            members[_STATE] = buffer.getvalue()
+            members[_STATE] = _tensors({"streams": self._streams.state_dict()})
+        if self._trials is not None:
+            members[_TRIALS] = _tensors(self._trials.state_dict())
         archive = io.BytesIO()
         super().save(archive, [*exclude, *pickled], include)
         contents = sealed(_set_world_apart(archive, members))
@@ -125,6 +128,8 @@ class SavedWithWorld(Checkpointed):
                 **{**settings, **replaced, **kwargs},
             )
             model.set_parameters({**model.get_parameters(), **saved.parameters})  # type: ignore[dict-item]
+            if saved.trials is not None and model._trials is not None:
+                model._trials.load_state_dict(saved.trials)
         except (AttributeError, KeyError, RuntimeError) as error:
             if not kwargs:
                 raise ValueError(
@@ -173,11 +178,13 @@ class _SavedWorld(NamedTuple):
 
     :param parameters: the world's state dicts by the names of ``get_parameters``
     :param state: where its streams stood; ``None`` where there is no world
+    :param trials: of the trials; ``None`` where there are none
     :param pickles: settings, pickled, by name
     """
 
     parameters: dict[str, Any]
     state: dict[str, Any] | None
+    trials: dict[str, Any] | None
     pickles: dict[str, bytes]
 
     def settings(self, skip: Iterable[str]) -> dict[str, Any]:
@@ -189,6 +196,13 @@ class _SavedWorld(NamedTuple):
             except Exception as error:
                 raise ValueError(f"{name} of the zip cannot be read ({error}): pass {name}=... to load()") from error
         return settings
+
+
+def _tensors(state: dict[str, Any]) -> bytes:
+    """A member of the zip that can be read without unpickling anything else."""
+    buffer = io.BytesIO()
+    th.save(state, buffer)
+    return buffer.getvalue()
 
 
 def _set_world_apart(archive: io.BytesIO, members: Mapping[str, bytes]) -> bytes:
@@ -247,15 +261,17 @@ def _described(data: bytes, name: str) -> dict[str, Any]:
 def _read_world(file: io.BytesIO, device: th.device) -> _SavedWorld:
     """What a zip holds beside the base algorithm."""
     with zipfile.ZipFile(file) as archive:
-        members = {name: archive.read(name) for name in archive.namelist() if name.startswith("world/")}
+        members = {
+            name: archive.read(name) for name in archive.namelist() if name.startswith("world/") or name == _TRIALS
+        }
     pickles = {pathlib.PurePath(name).stem: members.pop(name) for name in list(members) if name.endswith(".pkl")}
     tensors = {
         name: th.load(io.BytesIO(contents), map_location=device, weights_only=True)
         for name, contents in members.items()
     }
-    state = tensors.pop(_STATE, None)
+    state, trials = tensors.pop(_STATE, None), tensors.pop(_TRIALS, None)
     parameters = {name.replace("world/", "world.").removesuffix(".pt"): value for name, value in tensors.items()}
-    return _SavedWorld(parameters, state, pickles)
+    return _SavedWorld(parameters, state, trials, pickles)
 
 
 @contextmanager

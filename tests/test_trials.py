@@ -1,0 +1,244 @@
+"""Trials: who plays them, who is proven, and what predict plays."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from agents import BoxEnv, assert_same, environments, small, soon, trained
+from stable_baselines3 import SAC
+from stable_baselines3.common.evaluation import evaluate_policy
+from test_checkpoints import pendulums, resumed_and_not
+from torch.testing import assert_close
+
+from sb3_mismatch import MBPO, MnM
+from sb3_mismatch import trials as module
+from sb3_mismatch.contrib import MnMCrossQ, MnMTQC
+from sb3_mismatch.trials import TRIAL_EVERY, Trials
+
+STATES = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+
+
+def tried(env=None, steps=300, kind=MnM, **changed):
+    return trained(BoxEnv(terminates=True) if env is None else env, steps, kind, **changed)
+
+
+def actions(policy, states=STATES, deterministic=True):
+    return policy.predict(states, deterministic=deterministic)[0]
+
+
+def moved(actor, by=0.3):
+    with th.no_grad():
+        for parameter in actor.parameters():
+            parameter.add_(by)
+
+
+# -- who plays --
+
+
+def in_a_trial(model):
+    model._trials.n_episodes, model._trials.under_way = TRIAL_EVERY, 0.0
+    assert model._trials.is_trial
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_the_first_environment_alone_is_played_by_the_player(n_envs):
+    model = tried(environments(n_envs, BoxEnv), 300)
+    moved(model._trials.player)
+
+    def sampled():
+        th.manual_seed(0)
+        return model._sample_action(0, None, n_envs)
+
+    in_a_trial(model)
+    action, scaled = sampled()
+    model._trials.under_way = None
+    plain = sampled()[0]
+    th.manual_seed(0)
+    expected = model._with(model._trials.player).predict(model._last_obs)[0]
+    assert_close(action[0], expected[0])
+    assert_close(scaled[0], model.policy.scale_action(expected)[0])
+    assert not np.allclose(action[0], plain[0])
+    if n_envs == 1:
+        return
+    # The others are the learner's, whose draws come after the player's.
+    th.manual_seed(0)
+    model._with(model._trials.player).predict(model._last_obs)
+    learner = model.policy.predict(model._last_obs)[0]
+    assert_close(action[1:], learner[1:])
+
+
+def test_the_player_stays_as_it_is_while_the_actor_learns():
+    seen = []
+
+    class Watched(MnM):
+        def _store_transition(self, *args, **kwargs):
+            super()._store_transition(*args, **kwargs)
+            if self._trials.is_trial:
+                weights = next(self._trials.player.parameters())
+                seen.append((self._trials.n_episodes, weights.sum().item(), next(self.actor.parameters()).sum().item()))
+
+    tried(steps=400, kind=Watched)
+    trials = sorted({number for number, _, _ in seen})
+    assert len(trials) > 3
+    assert all(number % TRIAL_EVERY == 0 for number in trials)
+    for number in trials:
+        mine = [row for row in seen if row[0] == number]
+        assert len({player for _, player, _ in mine}) == 1
+        if len(mine) > 1:
+            assert len({learner for _, _, learner in mine}) > 1
+
+
+def test_an_episode_of_a_policy_that_learns_counts(monkeypatch):
+    counted = []
+    end = Trials.end
+    monkeypatch.setattr(Trials, "end", lambda self: (counted.append(self.under_way), end(self)))
+    model = tried(environments(1, BoxEnv, normalize=True), 300, learning_starts=100)
+    returns = [episode["r"] for episode in model.ep_info_buffer]
+    lengths = np.cumsum([episode["l"] for episode in model.ep_info_buffer])
+    first = int(np.argmax(lengths > 101))
+    assert len(counted) >= 3
+    # In the environment's own rewards, not VecNormalize's.
+    assert counted == pytest.approx(returns[first + 1 :], abs=1e-4)
+
+
+# -- who is proven --
+
+
+def test_who_earns_no_less_on_average_takes_the_place():
+    actor = th.nn.Linear(1, 1).requires_grad_(False)
+    trials = Trials(actor)
+    proven = []
+    # Every fourth is a trial, every twelfth one of the proven actor.
+    for episode, earned in enumerate([9, 9, 9, -5, 9, 9, 9, -7, 9, 9, 9, -4, 9, 9, 9, -4, 9, 9, 9, -4.5], start=1):
+        actor.weight.fill_(episode)
+        trials.begin(actor)
+        assert trials.is_trial == (episode % 4 == 0)
+        assert trials.is_retrial == (episode % 12 == 0)
+        if trials.is_trial:
+            assert trials.player.weight.item() == (4 if trials.is_retrial else episode)
+        trials.under_way += earned
+        trials.end()
+        if episode % 4 == 0:
+            proven.append((trials.proven.weight.item(), trials.earned, trials.n_proven))
+    assert proven == [(4, -5, 1), (4, -5, 1), (4, -4.5, 2), (16, -4, 1), (16, -4, 1)]
+
+
+def test_the_proven_actor_is_deployed_while_the_other_earns_less():
+    actor = th.nn.Linear(1, 1)
+    trials = Trials(actor)
+    deployed = []
+    for earned in (1, 1, 1, 5, 5, 6, 5, 4, 4, 4, 9, 1):
+        trials.begin(actor)
+        trials.under_way += earned
+        trials.end()
+        deployed.append((trials.deploys_proven, trials.recent))
+    assert deployed == [
+        *((False, [1]), (False, [1, 1]), (False, [1, 1, 1]), (True, [1, 1, 5])),
+        *((True, [1, 5, 5]), (False, [5, 5, 6]), (False, [5, 6, 5]), (True, [6, 5, 4])),
+        # The twelfth is the proven actor's, who has then earned 3 on average.
+        *((True, [5, 4, 4]), (True, [4, 4, 4]), (True, [4, 4, 9]), (False, [4, 4, 9])),
+    ]
+    assert trials.earned == 3
+
+
+def proved(model):
+    """A model whose proven actor is one that nobody else is."""
+    trials = model._trials
+    trials.proven.load_state_dict(model.actor.state_dict())
+    moved(trials.proven)
+    trials.earned, trials.n_proven, trials.recent = 1e6, 1, [0.0]
+    return model
+
+
+@pytest.mark.parametrize("kind", [MnM, MnMTQC, MnMCrossQ])
+def test_predict_plays_the_proven_actor(kind):
+    model = proved(tried(steps=100, kind=kind))
+    assert not np.allclose(actions(model), actions(model.policy))
+    proven = copy.deepcopy(model)
+    proven.actor.load_state_dict(model._trials.proven.state_dict())
+    assert (actions(model) == actions(proven.policy)).all()
+    assert (actions(model) == actions(model.deployed_policy)).all()
+    assert model.policy.actor is model.actor
+    th.manual_seed(0)
+    drawn = actions(model, deterministic=False)
+    th.manual_seed(0)
+    assert (drawn == actions(proven.policy, deterministic=False)).all()
+    # Until the one that learns earns as much.
+    model._trials.recent = [1e6]
+    assert (actions(model) == actions(model.policy)).all()
+
+
+def test_what_was_proven_earns_it_again(monkeypatch):
+    """Without chance in environment and policy, a trial and an evaluation are the same."""
+
+    class Same(BoxEnv):
+        def reset(self, *, seed=None, options=None):
+            return super().reset(seed=0, options=options)
+
+    predict = MnM.predict
+    monkeypatch.setattr(MnM, "predict", lambda self, *args, **kwargs: predict(self, *args[:3], deterministic=True))
+    model = tried(Same(), 800)
+    assert model._trials.n_proven > 0
+    model._trials.recent = [-math.inf]
+    earned = evaluate_policy(model, Same(), n_eval_episodes=1, warn=False)[0]
+    assert earned == pytest.approx(model._trials.earned, rel=1e-5)
+
+
+def test_without_trials_predict_is_sb3s():
+    model = trained(BoxEnv(terminates=True), 300, trials=False)
+    assert model._trials is None
+    assert (actions(model) == actions(model.policy)).all()
+    before = tried(steps=55)
+    assert before._trials.n_proven == 0
+    assert (actions(before) == actions(before.policy)).all()
+    assert not MBPO("MlpPolicy", BoxEnv()).trials
+
+
+# -- saved --
+
+
+def test_a_zip_holds_them_and_sac_opens_it(tmp_path):
+    model = proved(tried(steps=100))
+    model.save(tmp_path / "agent")
+    loaded = MnM.load(tmp_path / "agent")
+    assert (actions(loaded) == actions(model)).all()
+    assert_same(loaded._trials.state_dict(), model._trials.state_dict())
+    assert (actions(SAC.load(tmp_path / "agent")) == actions(model.policy)).all()
+    without = MnM.load(tmp_path / "agent", trials=False)
+    assert (actions(without) == actions(model.policy)).all()
+    model.save(tmp_path / "no_world", exclude=["world"])
+    assert (actions(MnM.load(tmp_path / "no_world")) == actions(model)).all()
+    trained(BoxEnv(), 60, trials=False).save(tmp_path / "none")
+    assert MnM.load(tmp_path / "none", trials=True)._trials.n_proven == 0
+
+
+def test_with_other_parameters_nothing_is_proven():
+    model, other = proved(tried(steps=100)), SAC("MlpPolicy", BoxEnv(), policy_kwargs={"net_arch": [8]})
+    model.set_parameters(other.get_parameters())
+    assert (actions(model) == actions(other)).all()
+
+
+@pytest.mark.parametrize("changed", [{}, {"use_sde": True}], ids=["gauss", "gsde"])
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_a_run_is_continued_in_the_midst_of_a_trial(n_envs, changed, tmp_path, monkeypatch):
+    soon(monkeypatch)
+    monkeypatch.setattr(module, "TRIAL_EVERY", 1)
+    continued, whole = resumed_and_not(tmp_path, lambda: pendulums(n_envs), stop=500, more=300, **changed)
+    assert whole["trials"]["rest"]["under_way"] is not None
+    assert_same(continued, whole)
+
+
+def test_another_episode_is_no_trial():
+    model = tried(steps=300)
+    model._trials.under_way = 1.0
+    model._setup_learn(10, reset_num_timesteps=False)
+    assert model._trials.under_way == 1.0
+    model._setup_learn(10)
+    assert model._trials.under_way is None
+
+
+def test_no_truth_value_is_told():
+    with pytest.raises(TypeError, match=r"^trials=3 must be True or False"):
+        MnM("MlpPolicy", BoxEnv(), **small(trials=3))
