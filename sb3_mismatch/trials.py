@@ -142,9 +142,9 @@ class Tried(OffPolicyAlgorithm):
         return self._with(trials.proven) if trials is not None and trials.deploys_proven else self.policy
 
     def _with(self, actor: nn.Module) -> BasePolicy:
-        """``policy`` with another actor. What it does not hold itself is shared."""
-        policy = copy.copy(self.policy)
-        policy._modules = {**self.policy._modules, "actor": actor}
+        """``policy`` with another actor, and not compiled. What it does not hold itself is shared."""
+        policy = copy.copy(getattr(self.policy, "_orig_mod", self.policy))
+        policy._modules = {**policy._modules, "actor": actor}
         return policy
 
     def _sample_action(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -170,6 +170,14 @@ def test_predict_plays_the_proven_actor(kind):
     assert (actions(model) == actions(model.policy)).all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_compiled_policy_gives_way_too():
+    model = proved(tried(steps=100))
+    before = actions(model)
+    model.policy = th.compile(model.policy)
+    assert (actions(model) == before).all()
+
+
 def test_what_was_proven_earns_it_again(monkeypatch):
     """Without chance in environment and policy, a trial and an evaluation are the same."""
 
