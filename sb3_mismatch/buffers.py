@@ -1,5 +1,6 @@
 """Real transitions as the learned world sees them, imagined ones, and minibatches of both."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,12 +13,10 @@ from stable_baselines3.common.type_aliases import DictReplayBufferSamples, Repla
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mismatch.imagination import ImaginedRows
+from sb3_mismatch.minibatches import STEPS_AHEAD, minibatches
 from sb3_mismatch.objectives import Payment
 from sb3_mismatch.observations import FlatObservations, Normalization
 from sb3_mismatch.randomness import RandomStreams
-
-#: How many gradient steps' minibatches are made at once: a bound on memory, not on speed.
-STEPS_AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,17 @@ class ImaginedBuffer:
     def sample(self, n: int) -> ImaginedRows:
         """``n`` rows drawn uniformly with replacement."""
         assert self._rows is not None
-        index = th.randint(len(self), (n,), device=self._rows.rewards.device)
+        index = self._drawn(n)
         return ImaginedRows(*(column[index] for column in self._rows))
+
+    def sample_states(self, n: int) -> th.Tensor:
+        """The observations of such rows, (n, obs_dim)."""
+        assert self._rows is not None
+        return self._rows.observations[self._drawn(n)]
+
+    def _drawn(self, n: int) -> th.Tensor:
+        assert self._rows is not None
+        return th.randint(len(self), (n,), device=self._rows.rewards.device)
 
 
 class MixedReplayBuffer(ReplayBuffer):
@@ -166,7 +174,7 @@ class MixedReplayBuffer(ReplayBuffer):
         self.real, self.imagined, self.real_ratio = real, imagined, real_ratio
         self.payment, self.streams, self.flat = payment, streams, observations
         self._to_come = gradient_steps
-        self._ready: list[ReplayBufferSamples] = []
+        self._ready: Iterator[ReplayBufferSamples] = iter(())
 
     def size(self) -> int:
         """Rows of the real buffer."""
@@ -178,17 +186,19 @@ class MixedReplayBuffer(ReplayBuffer):
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """The next minibatch, normalised by ``env``."""
-        n_real = round(self.real_ratio * batch_size)
-        if n_real == batch_size or len(self.imagined) == 0:
-            return self._real(batch_size, env)
-        if not self._ready:
+        batch = next(self._ready, None)
+        if batch is None:
             n_steps = max(min(self._to_come, STEPS_AHEAD), 1)
-            self._ready = self._mix(n_steps, n_real, batch_size - n_real, env)
             self._to_come -= n_steps
-        return self._ready.pop()
+            n_real = round(self.real_ratio * batch_size)
+            if n_real == batch_size or len(self.imagined) == 0:
+                self._ready = map(self._paid, minibatches(self.real, n_steps, batch_size, env))
+            else:
+                self._ready = iter(self._mix(n_steps, n_real, batch_size - n_real, env))
+            batch = next(self._ready)
+        return batch
 
-    def _real(self, n: int, env: VecNormalize | None) -> ReplayBufferSamples:
-        batch = self.real.sample(n, env=env)
+    def _paid(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
         return batch._replace(rewards=self.payment.real(batch.rewards))
 
     def _imagined(self, n: int, env: VecNormalize | None) -> ReplayBufferSamples:
@@ -213,7 +223,7 @@ class MixedReplayBuffer(ReplayBuffer):
         columns["next_observations"] = self.flat.unflatten(imagined.next_observations)
         kind: type[Any] = DictReplayBufferSamples if self.flat.is_dict else ReplayBufferSamples
         if n_real > 0:
-            real = self._real(n_steps * n_real, env)
+            real = self._paid(self.real.sample(n_steps * n_real, env=env))
             if real.discounts is None:
                 real = real._replace(discounts=th.full_like(real.rewards, self.payment.gamma))
             columns = {name: _interleave(getattr(real, name), column, n_steps) for name, column in columns.items()}

@@ -27,6 +27,7 @@ from sb3_mismatch.compiled import (
     state_of,
     uncovered,
 )
+from sb3_mismatch.minibatches import minibatches
 
 #: Gradient steps from which on ``compile="auto"`` compiles: it saves half of each, and takes as long as some thousands.
 LONG_RUN = 20_000
@@ -252,8 +253,8 @@ class FastSAC(SAC):
         state, numbers = state_of(self.policy, self.ent_coef_optimizer), self._numbers(gradient_steps)
         logs: list[th.Tensor] = []
         try:
-            for number in numbers:
-                batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            batches = minibatches(self.replay_buffer, gradient_steps, batch_size, self._vec_normalize_env)
+            for batch, number in zip(batches, numbers, strict=True):
                 logs.append(compiled(state, self._rows(batch), number, self._looked_into()))
         finally:
             for optimizer in (self.actor.optimizer, self.critic.optimizer, self.ent_coef_optimizer):

@@ -334,7 +334,7 @@ class Imagining(OffPolicyAlgorithm):
             return paid, world.outcomes.continuation(*transitions)
 
         with self._streams.active(), self._keeping_exploration():
-            states = world.imagined.sample(-(-n // self.n_elites) * self.n_elites).observations
+            states = world.imagined.sample_states(-(-n // self.n_elites) * self.n_elites)
             if self.use_sde:
                 self.actor.reset_noise(len(states))  # type: ignore[operator]
             shape = (self.expansion + 1, len(states), spaces.flatdim(self.action_space))
@@ -356,14 +356,15 @@ class Imagining(OffPolicyAlgorithm):
         states = th.zeros(n, dim, device=self.device)
         if drawn:
             with self._streams.active():
-                states = world.imagined.sample(n).observations
+                states = world.imagined.sample_states(n)
                 noise[0].normal_()
                 for t in range(self.expansion):
                     world_noise[t].normal_()
                     noise[t + 1].normal_()
         column = th.zeros(dim, device=self.device)
         scale = normalize or Normalization(column, column + 1, column + math.inf, 1.0, math.inf)
-        rewards = th.tensor([scale.reward_std, scale.clip_reward], device=self.device)
+        # A tensor made of a number on the host would wait for the device.
+        rewards = (th.full((), x, device=self.device) for x in (scale.reward_std, scale.clip_reward))
         return Starts(states, noise, world_noise, scale.mean, scale.std, scale.clip, *rewards)
 
     def _bounds(self) -> tuple[float, ...]:

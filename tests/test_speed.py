@@ -115,7 +115,7 @@ def results():
         "products": row(4.0),
     }
     return {
-        "machine": {"cpus": 2, "processor": "x", "threads": 1, "load": 0.5}
+        "machine": {"cpus": 2, "processor": "x", "threads": 1, "load": 0.5, "gpu": None}
         | dict.fromkeys(("python", "torch", "stable-baselines3"), "1"),
         "gradient step": steps,
         "training step of the ensemble": {"ensemble": row(20.0), "ensemble_products": row(10.0)},
@@ -145,7 +145,10 @@ def test_page():
     assert "gradient_steps=20: 40 s, SB3's SAC 80 s, ratio 0.50; 20% of MnM's seconds lie outside the update." in page
     assert "| update | 32.0 | 80% |" in page
     assert "| obs_dim 4 | 12.0 | 9.0 | 0.0 | 0.0 | 0.0 | 0.0 |" in page
-    assert "the CUDA path has not been measured" in " ".join(page.split())
+    assert page.count("; on the CPU.") == 1
+    on_gpu = results()
+    on_gpu["machine"]["gpu"] = "NVIDIA H100"
+    assert "; on NVIDIA H100." in report(on_gpu, "python -m sb3_mismatch.benchmarks speed")
 
 
 def test_comparison_without_a_floor():
@@ -161,16 +164,35 @@ def test_command(monkeypatch, tmp_path, capsys):
     asked = []
 
     def run(self):
-        asked.append((self.plan, self.threads, self.pythons))
+        asked.append((self.plan, self.threads, self.pythons, self.device))
         self.results.update({name: value for name, value in results().items() if name != "machine"})
 
     monkeypatch.setattr(Speed, "run", run)
     out = tmp_path / "results" / "speed"
     assert main(["speed", "--quick", "--threads", "1", "--peer-python", "there", "--out", str(out)]) == 0
-    assert asked == [(speed.QUICK, 1, (sys.executable, "there"))]
+    assert asked == [(speed.QUICK, 1, (sys.executable, "there"), "cpu")]
     page = out.with_suffix(".md").read_text(encoding="utf-8")
     assert page in capsys.readouterr().out
-    assert "Written by `python -m sb3_mismatch.benchmarks speed --quick --threads 1`" in page
+    assert "Written by `python -m sb3_mismatch.benchmarks speed --quick --env-steps 0 --threads 1 --device cpu`" in page
     assert "peer-python" not in page
     assert json.loads(out.with_suffix(".json").read_text())["gradient step"]["sac"]["ms"] == [16.0]
     assert make_parser().parse_args(["speed"]).threads >= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--quick --env-steps 0", "--quick --env-steps 250", "--env-steps 9", "--env-steps 9 --skip growth starts"],
+)
+def test_a_plan_tells_the_options_that_make_it(options, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Speed, "run", lambda self: asked.append(self.plan.options))
+    monkeypatch.setattr(speed, "report", lambda results, command: command)
+    assert main(["speed", *options.split()]) == 0
+    assert asked == [options]
+
+
+def test_contestants_are_on_the_device(monkeypatch):
+    settings = []
+    monkeypatch.setattr(speed, "Contestant", lambda *args: settings.append(args[3]))
+    Speed(Plan(), 1, device="cuda").start(["sac"], {"env": "HalfCheetah-v5"})
+    assert settings == [{"device": "cuda", "env": "HalfCheetah-v5"}]

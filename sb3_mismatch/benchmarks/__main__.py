@@ -48,6 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     speed.add_argument("--quick", action="store_true", help="steps, ensemble and imagination alone, in fewer turns")
     speed.add_argument("--threads", type=positive, default=os.cpu_count() or 1, help="torch threads; default: all CPUs")
     speed.add_argument("--env-steps", type=int, help="environment steps of the whole runs; default: 500, 0 for none")
+    speed.add_argument("--skip", nargs="+", default=[], choices=("growth", "starts"), help="what not to measure")
+    speed.add_argument("--device", default="cpu", help="torch device; default: cpu")
     speed.add_argument("--peer-python", nargs="+", default=[], metavar="PATH", help="interpreters that hold peers")
     speed.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     memory = commands.add_parser("memory", help="measure the resident memory of a long run of MnM on Pendulum-v1")
@@ -99,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             plan = speed.QUICK if args.quick else speed.Plan()
             plan = plan if args.env_steps is None else replace(plan, env_steps=args.env_steps)
-            print(speed.measure(plan, args.threads, args.peer_python, args.out))
+            plan = replace(plan, **dict.fromkeys(args.skip, False))
+            print(speed.measure(plan, args.threads, args.peer_python, args.out, args.device))
             return 0
         if args.command == "memory":
             from sb3_mismatch.benchmarks import memory

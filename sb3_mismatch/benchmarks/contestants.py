@@ -21,6 +21,7 @@ Work = Callable[[int], object]
 
 #: HalfCheetah's sizes, SB3's networks and batch, MBPO's ensemble, which as mbrl-lib's has no LayerNorm
 DEFAULTS: dict[str, Any] = {
+    "device": "cpu",
     "obs_dim": 17,
     "action_dim": 6,
     "batch_size": 256,
@@ -78,7 +79,7 @@ def agent(kind: Any, s: dict[str, Any], **arguments: Any) -> Any:
         buffer_size=s["buffer_size"],
         learning_starts=10**9,
         seed=0,
-        **{"device": "cpu", **arguments, **s["arguments"]},
+        **{"device": s["device"], **arguments, **s["arguments"]},
     )
     model.learn(min(s["buffer_size"], 2000))
     buffer = model.replay_buffer
@@ -147,8 +148,9 @@ def products(s: dict[str, Any]) -> Work:
             *[lambda: th.mm(g.t(), x, out=gw)] * weights,
         ]
 
-    actor = [*layer(o, h, 2, 0, 1), *layer(h, h, 2, 1, 1), *layer(h, a, 4, 2, 2)]
-    critics = [*layer(o + a, h, 6, 2, 2), *layer(h, h, 6, 4, 2), *layer(h, 1, 6, 4, 2)]
+    with th.device(s["device"]):
+        actor = [*layer(o, h, 2, 0, 1), *layer(h, h, 2, 1, 1), *layer(h, a, 4, 2, 2)]
+        critics = [*layer(o + a, h, 6, 2, 2), *layer(h, h, 6, 4, 2), *layer(h, 1, 6, 4, 2)]
 
     def work(steps: int) -> None:
         for _ in range(steps):
@@ -177,11 +179,13 @@ def ensemble(s: dict[str, Any]) -> Work:
     from sb3_mismatch.world import WEIGHT_DECAY
 
     n, members = s["rows"], s["members"]
-    dynamics = _dynamics(s)
-    optimizer = th.optim.AdamW(dynamics.parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=True)
-    states, actions = th.randn(n, s["obs_dim"]), th.randn(n, s["action_dim"])
-    batch = ReplayBufferSamples(states, actions, states + 0.1 * th.randn_like(states), th.zeros(n, 1), th.randn(n, 1))
-    bootstrap = th.randint(n, (members, n))
+    with th.device(s["device"]):
+        dynamics = _dynamics(s)
+        optimizer = th.optim.AdamW(dynamics.parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=True)
+        states, actions, rewards = (th.randn(n, dim) for dim in (s["obs_dim"], s["action_dim"], 1))
+        next_states = states + 0.1 * th.randn_like(states)
+        batch = ReplayBufferSamples(states, actions, next_states, th.zeros(n, 1), rewards)
+        bootstrap = th.randint(n, (members, n))
 
     def loss(rows: Any) -> th.Tensor:
         nll: th.Tensor = dynamics.nll(rows.observations, rows.actions, rows.next_observations, rows.rewards)
@@ -190,7 +194,7 @@ def ensemble(s: dict[str, Any]) -> Work:
     step = training_step(dynamics, optimizer, batch, bootstrap, loss)
 
     def work(steps: int) -> None:
-        for column in th.randint(n, (steps, members, s["batch_size"])):
+        for column in th.randint(n, (steps, members, s["batch_size"]), device=s["device"]):
             step(column)
 
     return work
@@ -200,8 +204,9 @@ def imagination(s: dict[str, Any]) -> Work:
     """Imagined transitions, ``rows`` of them a unit, the actions given."""
     import torch as th
 
-    dynamics = _dynamics(s).eval()
-    states, actions = th.randn(s["rows"], s["obs_dim"]), th.randn(s["rows"], s["action_dim"])
+    with th.device(s["device"]):
+        dynamics = _dynamics(s).eval()
+        states, actions = (th.randn(s["rows"], dim) for dim in (s["obs_dim"], s["action_dim"]))
 
     def work(steps: int) -> None:
         for _ in range(steps):
@@ -215,7 +220,7 @@ def _mbrl_model(s: dict[str, Any]) -> Any:
     network = models.GaussianMLP(
         s["obs_dim"] + s["action_dim"],
         s["obs_dim"] + 1,
-        "cpu",
+        s["device"],
         num_layers=s["layers"],
         ensemble_size=s["members"],
         hid_size=s["width"],
@@ -271,7 +276,7 @@ def mbrl_imagination(s: dict[str, Any]) -> Work:
         model,
         lambda _, states: th.zeros(len(states), 1, dtype=th.bool),
         None,
-        th.Generator().manual_seed(0),
+        th.Generator(s["device"]).manual_seed(0),
     )
 
     def work(steps: int) -> None:
@@ -289,7 +294,7 @@ def ensemble_products(s: dict[str, Any]) -> Work:
     e, n = s["members"], s["batch_size"]
     calls: list[Any] = []
     for k, (i, j) in enumerate(pairwise(sizes)):
-        x, w, g = th.randn(e, n, i), th.randn(e, i, j), th.randn(e, n, j)
+        x, w, g = (th.randn(e, *shape, device=s["device"]) for shape in ((n, i), (i, j), (n, j)))
         calls += [lambda x=x, w=w: th.bmm(x, w), lambda x=x, g=g: th.bmm(x.mT, g)]
         if k > 0:
             calls.append(lambda g=g, w=w: th.bmm(g, w.mT))
@@ -336,7 +341,8 @@ def mnm_run(s: dict[str, Any], **arguments: Any) -> Work:
         (MnM, "collect_rollouts", "environment"),
     ):
         setattr(owner, name, _timed(getattr(owner, name), phase))
-    return _whole(MnM, s, **arguments)
+    # As in a run that is long enough for compile="auto".
+    return _whole(MnM, s, **{"compile": True, **arguments})
 
 
 def rows_run(s: dict[str, Any]) -> Work:
@@ -384,6 +390,9 @@ def measured(work: Work, n: int) -> dict[str, Any]:
     before = dict(PHASES)
     wall, cpu = time.perf_counter(), time.process_time()
     work(n)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     phases = {name: seconds - before.get(name, 0.0) for name, seconds in PHASES.items()}
     return {"seconds": wall, "cpu_seconds": cpu, "peak_mb": peak_mb(), "phases": phases}

@@ -10,11 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch as th
 
 from sb3_mismatch.benchmarks import contestants
 
@@ -64,7 +66,17 @@ class Plan:
     growth: bool = True
     starts: bool = True
 
+    @property
+    def options(self) -> str:
+        """The options of the command that make this plan."""
+        if replace(self, env_steps=0) == QUICK:
+            return f"--quick --env-steps {self.env_steps}"
+        skipped = [part for part in PARTS if not getattr(self, part)]
+        return " ".join([f"--env-steps {self.env_steps}", *(["--skip", *skipped] if skipped else [])])
 
+
+#: what of a plan can be left out
+PARTS = ("growth", "starts")
 QUICK = Plan(rounds=3, units=20, env_steps=0, growth=False, starts=False)
 
 
@@ -148,11 +160,13 @@ class Speed:
     Measures and remembers.
 
     :param pythons: interpreters in which peers are looked for, this one first
+    :param device: of torch, in each contestant
     """
 
     plan: Plan
     threads: int
     pythons: Sequence[str] = (sys.executable,)
+    device: str = "cpu"
     results: dict[str, Any] = field(default_factory=dict)
 
     def start(self, names: Sequence[str], settings: Mapping[str, Any] | None = None) -> list[Contestant]:
@@ -164,10 +178,20 @@ class Speed:
                 self.results.setdefault("absent", []).append(TITLES[name])
                 continue
             try:
-                started.append(Contestant(name, python, self.threads, settings))
+                started.append(self.contestant(name, python, settings))
             except RuntimeError as error:
                 self.results.setdefault("absent", []).append(str(error))
         return started
+
+    def contestant(
+        self,
+        name: str,
+        python: str,
+        settings: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Contestant:
+        """One of them, on the device."""
+        return Contestant(name, python, self.threads, {"device": self.device, **(settings or {})}, environ)
 
     def _python(self, library: str | None) -> str | None:
         """The first interpreter that has the library."""
@@ -202,14 +226,14 @@ class Speed:
                 ("FastSAC, compiled, warm cache", "compiled"),
             ):
                 environ = {"TORCHINDUCTOR_CACHE_DIR": cache}
-                contestant = Contestant(name, self.pythons[0], self.threads, environ=environ)
+                contestant = self.contestant(name, self.pythons[0], environ=environ)
                 contestant.close()
                 rows[title] = {"seconds": contestant.start_seconds, "first_step_seconds": contestant.first["seconds"]}
         self.results["start"] = rows
         settings = {"env": "HalfCheetah-v5", "buffer_size": 100_000, "gradient_steps": 1}
         memory = {}
         for name in ("sac_run", "mnm_run"):
-            contestant = Contestant(name, self.pythons[0], self.threads, {**settings, "arguments": {}})
+            contestant = self.contestant(name, self.pythons[0], settings)
             memory[TITLES[name]] = contestant.work(300)["peak_mb"]
             contestant.close()
         self.results["memory"] = memory
@@ -280,13 +304,15 @@ class Speed:
             self.growth()
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: str) -> dict[str, Any]:
     """What it ran on."""
     packages = ("sb3-mismatch", "torch", "stable-baselines3", "numpy")
     return {
         "processor": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "threads": threads,
+        "device": device,
+        "gpu": th.cuda.get_device_name(device) if th.device(device).type == "cuda" else None,
         "load": os.getloadavg()[0],
         "compiler": shutil.which(os.environ.get("CXX", "g++")) is not None,
         "python": platform.python_version(),
@@ -325,8 +351,8 @@ def report(results: Mapping[str, Any], command: str) -> str:
         "of its own; a ratio is the median of ratios turn by turn, below 1 is faster. "
         "CPU ms are milliseconds of all threads together.\n",
         f"{on['cpus']} CPUs ({on['processor']}), {on['threads']} threads, load {on['load']:.1f} at the start; "
-        f"Python {on['python']}, torch {on['torch']}, stable-baselines3 {on['stable-baselines3']}, no GPU: the CUDA "
-        "path has not been measured.\n",
+        f"Python {on['python']}, torch {on['torch']}, stable-baselines3 {on['stable-baselines3']}; "
+        f"on {on['gpu'] or 'the CPU'}.\n",
     ]
     for title, floor in (
         ("gradient step", "products"),
@@ -368,20 +394,21 @@ def report(results: Mapping[str, Any], command: str) -> str:
     return "\n".join(parts)
 
 
-def measure(plan: Plan, threads: int, peers: Sequence[str], out: Path | None) -> str:
+def measure(plan: Plan, threads: int, peers: Sequence[str], out: Path | None, device: str = "cpu") -> str:
     """
     Measure, write ``out.md`` and ``out.json`` if asked for, and return the page.
 
     :param threads: of torch, in each contestant
     :param peers: interpreters in which contestants are looked for that this one lacks
+    :param device: of torch, in each contestant
     """
-    speed = Speed(plan, threads, (sys.executable, *peers))
-    speed.results["machine"] = machine(threads)
+    speed = Speed(plan, threads, (sys.executable, *peers), device)
+    speed.results["machine"] = machine(threads, device)
     start = time.perf_counter()
     speed.run()
     speed.results["seconds"] = time.perf_counter() - start
-    options = f"{' --quick' if plan is QUICK else f' --env-steps {plan.env_steps}'} --threads {threads}"
-    page = report(speed.results, "python -m sb3_mismatch.benchmarks speed" + options)
+    options = f"{plan.options} --threads {threads} --device {device}"
+    page = report(speed.results, "python -m sb3_mismatch.benchmarks speed " + options)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".md").write_text(page, encoding="utf-8")
