@@ -424,8 +424,8 @@ class CompiledStep:
     def __init__(self, spec: Spec, device: th.device) -> None:
         self.spec, self.device = spec, device
         self._ready: set[Any] = set()
-        self._graph: Replayed | None = None
-        self._captured: Any = None
+        self._graphs: dict[Any, Replayed] = {}
+        self._captured: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of an agent finds the program compiled; a captured graph belongs to the tensors it was captured with.
@@ -445,17 +445,25 @@ class CompiledStep:
         """Whether minibatches of this shape have their program."""
         return _key(rows) in self._ready
 
-    @th.no_grad()
-    def __call__(self, state: State, rows: Rows, numbers: th.Tensor, world: World = ()) -> th.Tensor:
-        """One gradient step in place; the log of :func:`update`."""
-        if self.device.type != "cuda":
+    def on(self, state: State, world: World = ()) -> Callable[[Rows, th.Tensor], th.Tensor]:
+        """What takes gradient steps on these tensors, in place: rows and numbers -> the log of :func:`update`."""
+
+        @th.no_grad()
+        def step(rows: Rows, numbers: th.Tensor) -> th.Tensor:
             return program(self.spec)(state, rows, numbers, world)
-        key = (_key(rows), *(x.data_ptr() for x in tensors(state)))
-        if self._graph is None or self._captured != key:
-            self._captured = key
-            self._graph = Replayed(lambda rows, numbers: program(self.spec)(state, rows, numbers, world))
-        log: th.Tensor = self._graph(rows, numbers)
-        return log
+
+        if self.device.type != "cuda":
+            return step
+        # A graph reads and changes what it was captured with.
+        places = (*(x.data_ptr() for x in tensors(state)), *map(id, world))
+        if self._captured != places:
+            self._captured, self._graphs = places, {}
+
+        def replay(rows: Rows, numbers: th.Tensor) -> th.Tensor:
+            log: th.Tensor = self._graphs.setdefault(_key(rows), Replayed(step))(rows, numbers)
+            return log
+
+        return replay
 
 
 def _copied(part: Any) -> Any:

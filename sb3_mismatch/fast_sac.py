@@ -250,12 +250,13 @@ class FastSAC(SAC):
     def _compiled_steps(self, compiled: CompiledStep, gradient_steps: int, batch_size: int) -> list[Losses]:
         """As :meth:`_plain_steps`, with the same draws."""
         assert self.replay_buffer is not None
-        state, numbers = state_of(self.policy, self.ent_coef_optimizer), self._numbers(gradient_steps)
+        step = compiled.on(state_of(self.policy, self.ent_coef_optimizer), self._looked_into())
+        numbers = self._numbers(gradient_steps)
         logs: list[th.Tensor] = []
         try:
             batches = minibatches(self.replay_buffer, gradient_steps, batch_size, self._vec_normalize_env)
             for batch, number in zip(batches, numbers, strict=True):
-                logs.append(compiled(state, self._rows(batch), number, self._looked_into()))
+                logs.append(step(self._rows(batch), number))
         finally:
             for optimizer in (self.actor.optimizer, self.critic.optimizer, self.ent_coef_optimizer):
                 if optimizer is not None:
@@ -329,10 +330,12 @@ class FastSAC(SAC):
         """Means over the gradient steps under SB3's keys: the one wait for the device."""
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         # Without gradient steps there are no columns.
-        for name, values in zip(Losses._fields, zip(*losses, strict=True), strict=bool(losses)):
-            if any(value is None for value in values):
-                continue
-            mean = th.stack([value.reshape(()) for value in values]).double().mean().item()
+        columns = zip(Losses._fields, zip(*losses, strict=True), strict=bool(losses))
+        known = {name: values for name, values in columns if not any(value is None for value in values)}
+        if not known:
+            return
+        means = th.stack([th.stack([value.reshape(()) for value in values]) for values in known.values()])
+        for name, mean in zip(known, means.double().mean(dim=1).tolist(), strict=True):
             if not abs(mean) < float("inf"):
                 raise ValueError(
                     f"train/{name} is {mean} after {self._n_updates} gradient steps: the update diverged; lower "

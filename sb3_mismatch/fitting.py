@@ -14,7 +14,7 @@ from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics, Gaussian
 from sb3_mismatch.objectives import Objective
-from sb3_mismatch.replaying import Replayed
+from sb3_mismatch.replaying import replayed
 from sb3_mismatch.settings import check_count, check_number
 
 #: minibatch of rows (E, N, .), one block per member -> what each member minimises, (E,)
@@ -287,11 +287,7 @@ def training_step(
         total.sum().backward(inputs=parameters)
         optimizer.step()
 
-    if bootstrap.device.type != "cuda":
-        return step
-    for group in optimizer.param_groups:
-        group["capturable"] = True
-    return Replayed(step)
+    return replayed(step, optimizer, bootstrap.device)
 
 
 class _Body(nn.Module):
@@ -356,14 +352,19 @@ def fit_classifier(
     index = train[th.randint(len(train), (settings.classifier_steps * batch_size,), device=train.device)]
     imagined = sample_next(observations[index], actions[index])
     labels = th.cat([th.ones(batch_size, 1), th.zeros(batch_size, 1)]).to(train.device)
-    classifier.train()
-    for rows, fake in zip(index.split(batch_size), imagined.split(batch_size), strict=True):
+
+    def step(rows: th.Tensor, fake: th.Tensor) -> None:
         states, acts = observations[rows].repeat(2, 1), actions[rows].repeat(2, 1)
         logits = classifier(states, acts, th.cat([next_observations[rows], fake]))
         loss = classifier.loss(logits, labels_real_is_one=labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+    classifier.train()
+    take = replayed(step, optimizer, train.device)
+    for minibatch in zip(index.split(batch_size), imagined.split(batch_size), strict=True):
+        take(*minibatch)
     classifier.eval()
 
     verdict = judge()

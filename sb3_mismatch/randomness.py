@@ -71,7 +71,7 @@ class RandomStreams:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken; a stream of another kind of device keeps its own place."""
-        keys = state["numpy_keys"].numpy().astype(np.uint32)
+        keys = state["numpy_keys"].cpu().numpy().astype(np.uint32)
         self._state = StreamState(
             numpy=("MT19937", keys, *state["numpy_rest"]),
             torch=state["torch"].cpu(),
@@ -108,7 +108,7 @@ def set_global_states(states: dict[str, Any], device: th.device) -> None:
     """Let the global generators continue where ``states`` were taken; those of another device keep their place."""
     kind, words, python_gauss = states["python"]
     random.setstate((kind, tuple(words), python_gauss))
-    np.random.set_state(("MT19937", states["numpy_keys"].numpy().astype(np.uint32), *states["numpy_rest"]))
+    np.random.set_state(("MT19937", states["numpy_keys"].cpu().numpy().astype(np.uint32), *states["numpy_rest"]))
     th.set_rng_state(states["torch"].cpu())
     if device.type == "cuda" and "device" in states:
         th.cuda.set_rng_state(states["device"].cpu(), device)

@@ -26,7 +26,7 @@ class Replayed:
         self._step = step
         self._calls = 0
         self._graph: th.cuda.CUDAGraph | None = None
-        self._inputs: Any = None
+        self._places: list[th.Tensor] = []
         self._outputs: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
@@ -35,13 +35,12 @@ class Replayed:
         if self._calls <= WARM_UP:
             return self._aside(inputs)
         if self._graph is None:
-            self._inputs = tree_map_only(th.Tensor, th.clone, inputs)
+            kept = tree_map_only(th.Tensor, th.clone, inputs)
+            self._places = _tensors(kept)
             self._graph = th.cuda.CUDAGraph()
             with _unchecked_distributions(), th.cuda.graph(self._graph):
-                self._outputs = self._step(*self._inputs)
-        for place, x in zip(tree_leaves(self._inputs), tree_leaves(inputs), strict=True):
-            if x is not None:
-                place.copy_(x)
+                self._outputs = self._step(*kept)
+        th._foreach_copy_(self._places, _tensors(inputs))
         self._graph.replay()
         return tree_map_only(th.Tensor, th.clone, self._outputs)
 
@@ -53,6 +52,19 @@ class Replayed:
             outputs = self._step(*inputs)
         th.cuda.current_stream().wait_stream(stream)
         return outputs
+
+
+def replayed(step: Callable[..., Any], optimizer: th.optim.Optimizer, device: th.device) -> Callable[..., Any]:
+    """A training step of ``optimizer`` as it is, and on CUDA as a graph."""
+    if device.type != "cuda":
+        return step
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    return Replayed(step)
+
+
+def _tensors(tree: Any) -> list[th.Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, th.Tensor)]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch as th
-from agents import BoxEnv, assert_same, environments, trained
+from agents import BoxEnv, assert_same, environments, soon, trained
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer
 
@@ -73,20 +73,23 @@ def waits(work):
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("changed", [{}, {"expansion": 0}, {"real_ratio": 1.0}])
-def test_no_gradient_step_waits_for_the_device(changed):
+@pytest.mark.parametrize("changed", [{"real_ratio": 0.5}, {"expansion": 0, "real_ratio": 0.5}, {"real_ratio": 1.0}])
+def test_no_gradient_step_waits_for_the_device(changed, monkeypatch):
+    soon(monkeypatch)
     model = trained(BoxEnv(), 120, compile=True, device="cuda", **changed)
     model.train(8, 16)  # Graphs are captured.
     assert waits(lambda: model.train(5, 16)) == waits(lambda: model.train(40, 16)) > 0
 
 
 @pytest.mark.skipif(not th.cuda.is_available(), reason="no CUDA device")
-def test_no_step_of_a_fit_waits_for_the_device():
+def test_no_step_of_a_fit_waits_for_the_device(monkeypatch):
+    soon(monkeypatch)
+
     def waited(steps):
-        fit_kwargs = {"dynamics_steps": steps, "classifier_steps": 2, "batch_size": 32}
+        fit_kwargs = {"dynamics_steps": steps, "classifier_steps": steps, "batch_size": 32}
         model = trained(BoxEnv(), 120, device="cuda", fit_kwargs=fit_kwargs)
         data = model._real_transitions()
         with model._streams.active():
-            return waits(lambda: model._fit_dynamics(data))
+            return waits(lambda: [model._fit_dynamics(data), model._fit_classifier(data)])
 
     assert waited(10) == waited(40) > 0
