@@ -23,7 +23,6 @@ from stable_baselines3.sac.policies import Actor
 from stable_baselines3.sac.policies import SACPolicy as Policy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
@@ -49,6 +48,8 @@ Layers = tuple[type[nn.Module], ...]
 #: dynamics and classifier, or nothing
 World = tuple[nn.Module, ...]
 Weights = Sequence[th.Tensor]
+#: of a minibatch: its real rows and its imagined states
+Sizes = tuple[int, int]
 
 
 class Momenta(NamedTuple):
@@ -423,8 +424,8 @@ class CompiledStep:
 
     def __init__(self, spec: Spec, device: th.device) -> None:
         self.spec, self.device = spec, device
-        self._ready: set[Any] = set()
-        self._graphs: dict[Any, Replayed] = {}
+        self._ready: set[tuple[Sizes, int]] = set()
+        self._graphs: dict[Sizes, Replayed] = {}
         self._captured: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -432,20 +433,20 @@ class CompiledStep:
         return type(self), (self.spec, self.device)
 
     @th.no_grad()
-    def prepare(self, state: State, rows: Rows, numbers: th.Tensor, world: World = ()) -> None:
-        """Compile for tensors of these shapes, on copies: no weight moves and nothing is drawn."""
+    def prepare(self, sizes: Sizes, state: State, rows: Rows, numbers: th.Tensor, world: World = ()) -> None:
+        """Compile for minibatches like ``rows``, on copies: no weight moves and nothing is drawn."""
         copy = State(*(_copied(part) for part in state))
         # What torch warns of while it compiles is about its own code.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program(self.spec)(copy, rows, numbers, world)
-        self._ready.add(_key(rows))
+        self._ready.add((sizes, th.get_num_threads()))
 
-    def is_ready(self, rows: Rows) -> bool:
-        """Whether minibatches of this shape have their program."""
-        return _key(rows) in self._ready
+    def is_ready(self, sizes: Sizes) -> bool:
+        """Whether minibatches of these sizes have their program."""
+        return (sizes, th.get_num_threads()) in self._ready
 
-    def on(self, state: State, world: World = ()) -> Callable[[Rows, th.Tensor], th.Tensor]:
+    def on(self, sizes: Sizes, state: State, world: World = ()) -> Callable[[Rows, th.Tensor], th.Tensor]:
         """What takes gradient steps on these tensors, in place: rows and numbers -> the log of :func:`update`."""
 
         @th.no_grad()
@@ -459,11 +460,7 @@ class CompiledStep:
         if self._captured != places:
             self._captured, self._graphs = places, {}
 
-        def replay(rows: Rows, numbers: th.Tensor) -> th.Tensor:
-            log: th.Tensor = self._graphs.setdefault(_key(rows), Replayed(step))(rows, numbers)
-            return log
-
-        return replay
+        return self._graphs.setdefault(sizes, Replayed(step))
 
 
 def _copied(part: Any) -> Any:
@@ -471,10 +468,6 @@ def _copied(part: Any) -> Any:
     if isinstance(part, Learner):
         return Learner(*(_copied(tensors) for tensors in part))
     return [x.clone() for x in part]
-
-
-def _key(rows: Rows) -> tuple[Any, ...]:
-    return (*(tuple(x.shape) for x in tree_leaves(rows) if x is not None), th.get_num_threads())
 
 
 # -- from SB3's agent to the program and back --

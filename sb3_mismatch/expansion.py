@@ -6,7 +6,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from sb3_mismatch.compiled import Rows, Starts
+from sb3_mismatch.compiled import Rows, Sizes, Starts
 from sb3_mismatch.fast_sac import FastSAC, Losses, descend
 from sb3_mismatch.lookahead import Path, evened, expanded_value
 from sb3_mismatch.terminations import TransitionFunction
@@ -95,6 +95,9 @@ class Expanding(FastSAC):
         """FastSAC's, a share of whose minibatches are imagined states."""
         self._starts_each = self._n_starts(batch_size) if self._expands else 0
         super().train(gradient_steps, batch_size - self._starts_each)
+
+    def _plain_steps(self, gradient_steps: int, batch_size: int) -> list[Losses]:
+        losses = super()._plain_steps(gradient_steps, batch_size)
         if self._starts_each > 0:
             # The actor keeps its last distribution, and with it the path and its gradients.
             self.policy.set_training_mode(False)
@@ -102,6 +105,7 @@ class Expanding(FastSAC):
                 assert self.world.imagined.rows is not None
                 self.actor(self._seen(self.world.imagined.rows.observations[:1]), deterministic=True)
             self.policy.set_training_mode(True)
+        return losses
 
     def _update(self, batch: ReplayBufferSamples) -> Losses:
         losses = super()._update(batch) if self._starts_each == 0 else self._update_ahead(batch)
@@ -166,6 +170,9 @@ class Expanding(FastSAC):
     def _rows(self, batch: ReplayBufferSamples) -> Rows:
         rows = super()._rows(batch)
         return rows if self._starts_each == 0 else rows._replace(starts=self._drawn_starts(self._starts_each))
+
+    def _sizes(self, n: int) -> Sizes:
+        return n, self._starts_each
 
     def _empty_rows(self, n: int) -> Rows:
         rows = super()._empty_rows(n)

@@ -20,6 +20,7 @@ from sb3_mismatch.compiled import (
     CompiledStep,
     Numbers,
     Rows,
+    Sizes,
     bias_corrections,
     count_steps,
     lacking,
@@ -215,13 +216,14 @@ class FastSAC(SAC):
             spec = spec_of(self.policy, self.ent_coef_optimizer, self._ahead())
             if self._compiled is None or self._compiled.spec != spec:
                 self._compiled = CompiledStep(spec, self.device)
-            rows = self._empty_rows(batch_size)
-            if self._compiled.is_ready(rows):
+            sizes = self._sizes(batch_size)
+            if self._compiled.is_ready(sizes):
                 return self._compiled
             start = time.perf_counter()
             try:
                 state = state_of(self.policy, self.ent_coef_optimizer)
-                self._compiled.prepare(state, rows, self._numbers(1)[0], self._looked_into())
+                rows, number = self._empty_rows(batch_size), self._numbers(1)[0]
+                self._compiled.prepare(sizes, state, rows, number, self._looked_into())
             # Whatever a compiler stumbles over, the plain form does the same.
             except Exception as error:
                 cause = getattr(error, "inner_exception", error)
@@ -250,7 +252,8 @@ class FastSAC(SAC):
     def _compiled_steps(self, compiled: CompiledStep, gradient_steps: int, batch_size: int) -> list[Losses]:
         """As :meth:`_plain_steps`, with the same draws."""
         assert self.replay_buffer is not None
-        step = compiled.on(state_of(self.policy, self.ent_coef_optimizer), self._looked_into())
+        state = state_of(self.policy, self.ent_coef_optimizer)
+        step = compiled.on(self._sizes(batch_size), state, self._looked_into())
         numbers = self._numbers(gradient_steps)
         logs: list[th.Tensor] = []
         try:
@@ -289,6 +292,10 @@ class FastSAC(SAC):
     def _features(self, observations: th.Tensor) -> th.Tensor:
         features: th.Tensor = self.actor.extract_features(observations, self.actor.features_extractor)
         return features
+
+    def _sizes(self, n: int) -> Sizes:
+        """Of a minibatch of ``n`` rows."""
+        return n, 0
 
     def _empty_rows(self, n: int) -> Rows:
         """A minibatch of zeros."""
