@@ -162,13 +162,15 @@ def test_every_contestant_has_a_title():
 
 def test_command(monkeypatch, tmp_path, capsys):
     asked = []
-
-    def run(self):
-        asked.append((self.plan, self.threads, self.pythons, self.device))
-        self.results.update({name: value for name, value in results().items() if name != "machine"})
-
-    monkeypatch.setattr(Speed, "run", run)
     out = tmp_path / "results" / "speed"
+
+    def parts(self):
+        asked.append((self.plan, self.threads, self.pythons, self.device))
+        for name in ("gradient step", "growth"):
+            yield lambda name=name: self.results.update({name: results()[name]})
+        assert "| obs_dim 4 |" in out.with_suffix(".md").read_text(encoding="utf-8")
+
+    monkeypatch.setattr(Speed, "parts", parts)
     assert main(["speed", "--quick", "--threads", "1", "--peer-python", "there", "--out", str(out)]) == 0
     assert asked == [(speed.QUICK, 1, (sys.executable, "there"), "cpu")]
     page = out.with_suffix(".md").read_text(encoding="utf-8")
@@ -185,7 +187,7 @@ def test_command(monkeypatch, tmp_path, capsys):
 )
 def test_a_plan_tells_the_options_that_make_it(options, monkeypatch):
     asked = []
-    monkeypatch.setattr(Speed, "run", lambda self: asked.append(self.plan.options))
+    monkeypatch.setattr(Speed, "parts", lambda self: [lambda: asked.append(self.plan.options)])
     monkeypatch.setattr(speed, "report", lambda results, command: command)
     assert main(["speed", *options.split()]) == 0
     assert asked == [options]

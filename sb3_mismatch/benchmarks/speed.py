@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -71,12 +71,10 @@ class Plan:
         """The options of the command that make this plan."""
         if replace(self, env_steps=0) == QUICK:
             return f"--quick --env-steps {self.env_steps}"
-        skipped = [part for part in PARTS if not getattr(self, part)]
+        skipped = [part for part in ("growth", "starts") if not getattr(self, part)]
         return " ".join([f"--env-steps {self.env_steps}", *(["--skip", *skipped] if skipped else [])])
 
 
-#: what of a plan can be left out
-PARTS = ("growth", "starts")
 QUICK = Plan(rounds=3, units=20, env_steps=0, growth=False, starts=False)
 
 
@@ -288,20 +286,21 @@ class Speed:
                 }
         self.results["growth"] = rows
 
-    def run(self) -> None:
-        """All that is planned."""
+    def parts(self) -> Iterator[Callable[[], None]]:
+        """All that is planned, one after the other."""
         steps = ("sac", "fast", "compiled", "tqc", "crossq", "sbx", "products")
-        self.compare("gradient step", steps, "sac", self.plan.units)
+        yield lambda: self.compare("gradient step", steps, "sac", self.plan.units)
         ensembles = ("mbrl_ensemble", "ensemble", "ensemble_products")
-        self.compare("training step of the ensemble", ensembles, "mbrl_ensemble", self.plan.units)
-        self.compare("10,000 imagined transitions", ("mbrl_imagination", "imagination"), "mbrl_imagination", 5)
+        yield lambda: self.compare("training step of the ensemble", ensembles, "mbrl_ensemble", self.plan.units)
+        imaginations = ("mbrl_imagination", "imagination")
+        yield lambda: self.compare("10,000 imagined transitions", imaginations, "mbrl_imagination", 5)
         if self.plan.starts:
-            self.starts()
+            yield self.starts
         if self.plan.env_steps:
-            self.whole_runs("rows_run", 20)
-            self.whole_runs("mnm_run", 1)
+            yield lambda: self.whole_runs("rows_run", 20)
+            yield lambda: self.whole_runs("mnm_run", 1)
         if self.plan.growth:
-            self.growth()
+            yield self.growth
 
 
 def machine(threads: int, device: str) -> dict[str, Any]:
@@ -359,7 +358,8 @@ def report(results: Mapping[str, Any], command: str) -> str:
         ("training step of the ensemble", "ensemble_products"),
         ("10,000 imagined transitions", None),
     ):
-        parts += [f"## One {title}\n" if floor else f"## {title}\n", comparison(results[title], floor)]
+        if title in results:
+            parts += [f"## One {title}\n" if floor else f"## {title}\n", comparison(results[title], floor)]
     if "absent" in results:
         parts.append(f"Not measured: {'; '.join(dict.fromkeys(results['absent']))}.\n")
     if "start" in results:
@@ -404,13 +404,16 @@ def measure(plan: Plan, threads: int, peers: Sequence[str], out: Path | None, de
     """
     speed = Speed(plan, threads, (sys.executable, *peers), device)
     speed.results["machine"] = machine(threads, device)
-    start = time.perf_counter()
-    speed.run()
-    speed.results["seconds"] = time.perf_counter() - start
     options = f"{plan.options} --threads {threads} --device {device}"
-    page = report(speed.results, "python -m sb3_mismatch.benchmarks speed " + options)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".md").write_text(page, encoding="utf-8")
-        out.with_suffix(".json").write_text(json.dumps(speed.results, indent=2) + "\n", encoding="utf-8")
+    page = ""
+    start = time.perf_counter()
+    for measure_part in speed.parts():
+        measure_part()
+        speed.results["seconds"] = time.perf_counter() - start
+        page = report(speed.results, "python -m sb3_mismatch.benchmarks speed " + options)
+        # Part by part: what was measured before an interruption is there.
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.with_suffix(".md").write_text(page, encoding="utf-8")
+            out.with_suffix(".json").write_text(json.dumps(speed.results, indent=2) + "\n", encoding="utf-8")
     return page
