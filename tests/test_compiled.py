@@ -185,11 +185,11 @@ def test_update_is_pure():
 def test_auto_is_plain_in_short_runs_and_compiles_long_ones(uncompiled, capsys):
     model = agent(verbose=1)
     assert (model.compile, model._compiled) == ("auto", None)
-    model._setup_learn(LONG_RUN - 1)
+    model._setup_learn(LONG_RUN["cpu"] - 1)
     model.train(1, 16)
     assert model._compiled is None
     # What is left of a long run is compiled as its beginning was.
-    model.num_timesteps = LONG_RUN - 1
+    model.num_timesteps = LONG_RUN["cpu"] - 1
     model._setup_learn(1, reset_num_timesteps=False)
     capsys.readouterr()
     model.train(1, 16)
