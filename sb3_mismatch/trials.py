@@ -1,6 +1,6 @@
 """
 Trials: now and then an episode is played by a copy of the actor that stays as it is. The copy that earned most on
-average is deployed, but where the actor that learns has earned as much in each of its last episodes.
+average is deployed, until the actor that learns has earned as much on average in some episodes since.
 
 While it learns, a policy that walks falls a hundred gradient steps on, and walks again after as many. What a copy
 earned is known from training itself: trials cost no step of the environment beside those. One episode may have been
@@ -28,7 +28,7 @@ from sb3_mismatch.observations import Observations
 
 #: every so many episodes one is a trial, and every so many trials one is of the proven actor
 TRIAL_EVERY, RETRIAL_EVERY = 4, 3
-#: so many of the last episodes tell what the actor that learns earns
+#: so many episodes tell what the actor that learns earns: one that walked may fall in the next
 N_RECENT = 3
 
 
@@ -47,7 +47,7 @@ class Trials:
         #: earned so far in the episode under way; ``None`` where there is none that counts
         self.under_way: float | None = None
         self.n_episodes = 0
-        #: earned in the last episodes, those of the proven actor apart
+        #: earned in the last episodes since somebody was proven, the proven actor's own apart
         self.recent: list[float] = []
 
     @property
@@ -62,8 +62,8 @@ class Trials:
 
     @property
     def deploys_proven(self) -> bool:
-        """Whether the proven actor has earned more than the one that learns in any of its last episodes."""
-        return self.n_proven > 0 and any(earned < self.earned for earned in self.recent)
+        """Whether the actor that learns has not earned as much since as the proven one."""
+        return self.n_proven > 0 and (len(self.recent) < N_RECENT or sum(self.recent) < N_RECENT * self.earned)
 
     def begin(self, actor: nn.Module) -> None:
         """Begin an episode; if it is a trial, of ``actor`` or of the proven one."""
@@ -81,7 +81,7 @@ class Trials:
             self.recent = [*self.recent, self.under_way][-N_RECENT:]
             if self.is_trial and self.under_way >= self.earned:
                 self.proven.load_state_dict(self.player.state_dict())
-                self.earned, self.n_proven = self.under_way, 1
+                self.earned, self.n_proven, self.recent = self.under_way, 1, []
         self.under_way = None
 
     def state_dict(self) -> dict[str, Any]:
