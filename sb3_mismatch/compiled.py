@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
-from sb3_mismatch.lookahead import Path, evened, expanded_value, look_ahead
+from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 from sb3_mismatch.objectives import Objective, Payment
 from sb3_mismatch.products import faster_products
 from sb3_mismatch.replaying import Replayed
@@ -61,8 +61,9 @@ class Momenta(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """What an agent that looks ahead is paid in its learned world."""
+    """How far an agent looks ahead in its learned world, and what it is paid there."""
 
+    steps: int
     objective: Objective
     gamma: float
 
@@ -337,17 +338,17 @@ def update_ahead(
         paid = payment.imagined(rewards, log_ratio, th.ones_like(rewards), novelty)
         return paid, 1 - dynamics.end_probability(transition[2])
 
-    def path(shifts: th.Tensor) -> Path:
+    def path(weights: Weights) -> Path:
         noise = iter(starts.noise)
         return look_ahead(
-            lambda states: act(spec, state.actor.weights, seen(states), next(noise)),
+            lambda states: act(spec, weights, seen(states), next(noise)),
             lambda states, actions, t: dynamics.rsample_parts(states, actions, t, starts.world_noise[t]),
             earned,
             starts.states,
-            shifts,
+            ahead.steps,
         )
 
-    climbed, pulled = th.func.vjp(path, th.zeros_like(starts.noise))  # type: ignore[misc]
+    climbed, policy_gradient = th.func.vjp(path, state.actor.weights)  # type: ignore[misc]
     temperature, ent_coef, ent_coef_loss, dropped_0 = temperature_step(
         spec, state.log_ent_coef, climbed.log_prob[0], numbers
     )
@@ -373,13 +374,7 @@ def update_ahead(
 
     critic, loss_of_critic, dropped_1 = critic_step(spec, state.critic, critic_loss, numbers)
     gradient, actor_loss = th.func.grad_and_value(lambda path: -value(critic.weights, path).mean())(climbed)
-    (pull,) = pulled(gradient)
-    # The world is gone through once: what the weights do, they do by the actions and their log-probabilities.
-    weight = evened(pull)
-    met, noise = seen(climbed.states).flatten(0, 1), starts.noise.flatten(0, 1)
-    _, policy_gradient = th.func.vjp(lambda weights: act(spec, weights, met, noise), state.actor.weights)  # type: ignore[misc]
-    by_policy = tuple((weight * x).flatten(0, 1) for x in (pull, gradient.log_prob))
-    actor, dropped_2 = actor_step(spec, state.actor, policy_gradient(by_policy)[0], actor_loss, numbers)
+    actor, dropped_2 = actor_step(spec, state.actor, policy_gradient(gradient)[0], actor_loss, numbers)
 
     after = State(temperature, critic, actor, polyak(state.target, critic.weights, numbers.tau))
     return after, th.stack([ent_coef, ent_coef_loss, loss_of_critic, actor_loss, dropped_0 + dropped_1 + dropped_2])

@@ -8,7 +8,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mismatch.compiled import Rows, Sizes, Starts
 from sb3_mismatch.fast_sac import FastSAC, Losses, descend
-from sb3_mismatch.lookahead import Path, evened, expanded_value
+from sb3_mismatch.lookahead import Path, expanded_value
 from sb3_mismatch.terminations import TransitionFunction
 from sb3_mismatch.world import World
 
@@ -130,10 +130,9 @@ class Expanding(FastSAC):
             critic_loss = (n * critic_loss + n_real * real) / (n + n_real)
         descend(self.critic.optimizer, critic_loss)
 
-        value = self._expanded_value(path, self.critic, ent_coef)
-        (pull,) = th.autograd.grad(value.sum(), path.shifts, retain_graph=True)
-        descend(self.actor.optimizer, -(evened(pull) * value).mean())
-        return Losses(ent_coef, ent_coef_loss, critic_loss.detach(), -value.detach().mean())
+        actor_loss = -self._expanded_value(path, self.critic, ent_coef).mean()
+        descend(self.actor.optimizer, actor_loss)
+        return Losses(ent_coef, ent_coef_loss, critic_loss.detach(), actor_loss.detach())
 
     @th.no_grad()
     def _expanded_targets(self, path: Path, ent_coef: th.Tensor) -> th.Tensor:

@@ -337,12 +337,10 @@ class Imagining(OffPolicyAlgorithm):
             states = world.imagined.sample_states(-(-n // self.n_elites) * self.n_elites)
             if self.use_sde:
                 self.actor.reset_noise(len(states))  # type: ignore[operator]
-            shape = (self.expansion + 1, len(states), spaces.flatdim(self.action_space))
-            shifts = th.zeros(shape, device=self.device, requires_grad=True)
-            return look_ahead(act, world.dynamics.rsample_parts, earned, states, shifts)
+            return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion)
 
     def _ahead(self) -> Ahead | None:
-        return Ahead(self._row, self.gamma) if self._starts_each > 0 else None
+        return Ahead(self.expansion, self._row, self.gamma) if self._starts_each > 0 else None
 
     def _looked_into(self) -> tuple[th.nn.Module, ...]:
         return () if self._starts_each == 0 else (self.world.dynamics, self.world.classifier)

@@ -22,7 +22,6 @@ class Path(NamedTuple):
     :param log_prob: log π(a_t|s_t), (h + 1, n, 1)
     :param rewards: r̃_t, (h, n, 1)
     :param continuation: probability that the episode goes on at s_t+1, (h, n, 1)
-    :param shifts: what was added to the actions, (h + 1, n, action_dim): zeros, for the gradient in them
     """
 
     states: th.Tensor
@@ -30,7 +29,6 @@ class Path(NamedTuple):
     log_prob: th.Tensor
     rewards: th.Tensor
     continuation: th.Tensor
-    shifts: th.Tensor
 
 
 def look_ahead(
@@ -38,29 +36,28 @@ def look_ahead(
     draw: Callable[[th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor]],
     earned: Callable[[th.Tensor, th.Tensor, th.Tensor, th.Tensor], tuple[th.Tensor, th.Tensor]],
     states: th.Tensor,
-    shifts: th.Tensor,
+    steps: int,
 ) -> Path:
     """
-    A path from ``states``, (n, obs_dim), of as many actions as ``shifts`` has, each moved by its shift.
+    A path from ``states``, (n, obs_dim).
 
     :param act: states -> actions and their log-probabilities, (n, 1)
     :param draw: states, actions, t -> next states and learned rewards, drawn
     :param earned: states, actions, next states, learned rewards of all steps -> r̃ and the probability to go on
     """
     visited, learned = [states], []
-    acted: list[th.Tensor] = []
-    log_probs = []
-    for t, shift in enumerate(shifts):
-        if t > 0:
-            states, rewards = draw(states, acted[-1], t - 1)
-            visited.append(states)
-            learned.append(rewards)
+    actions, log_prob = act(states)
+    acted, log_probs = [actions], [log_prob]
+    for t in range(steps):
+        states, rewards = draw(states, actions, t)
         actions, log_prob = act(states)
-        acted.append(actions + shift)
+        visited.append(states)
+        learned.append(rewards)
+        acted.append(actions)
         log_probs.append(log_prob)
     transitions = (th.cat(column) for column in (visited[:-1], acted[:-1], visited[1:], learned))
-    rewards, continuation = (x.view(len(learned), -1, 1) for x in earned(*transitions))
-    return Path(th.stack(visited), th.stack(acted), th.stack(log_probs), rewards, continuation, shifts)
+    rewards, continuation = (x.view(steps, -1, 1) for x in earned(*transitions))
+    return Path(th.stack(visited), th.stack(acted), th.stack(log_probs), rewards, continuation)
 
 
 def expanded_value(path: Path, last_value: th.Tensor, ent_coef: th.Tensor, gamma: float) -> th.Tensor:
@@ -73,17 +70,3 @@ def expanded_value(path: Path, last_value: th.Tensor, ent_coef: th.Tensor, gamma
     for t in reversed(range(len(path.rewards))):
         value = path.rewards[t] - ent_coef * path.log_prob[t] + gamma * path.continuation[t] * value
     return value
-
-
-def evened(pull: th.Tensor) -> th.Tensor:
-    """
-    Weights of the rows in the policy's gradient, (n, 1), by which none pulls harder at its actions than the median row.
-
-    Where the world is steep, before a fall say, gradients through several of its steps are larger by orders of
-    magnitude than elsewhere, and a tenth of the rows would rule.
-
-    :param pull: gradient of each row's J in its actions, (h + 1, n, action_dim)
-    """
-    norm = pull.square().sum(dim=(0, 2)).sqrt().unsqueeze(1)
-    middle = norm.median().clamp(min=1e-30)
-    return middle / norm.clamp(min=middle)

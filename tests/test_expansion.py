@@ -23,9 +23,9 @@ from stable_baselines3.common.utils import LinearSchedule
 from test_compiled import assert_close_agents, trained_both_ways, uncompiled  # noqa: F401
 from torch.testing import assert_close
 
-from sb3_mismatch import MBPO, MnM, expansion
+from sb3_mismatch import MBPO, MnM
 from sb3_mismatch.expansion import EPS, FIRST_ENT_COEF
-from sb3_mismatch.lookahead import Path, evened, expanded_value, look_ahead
+from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 
 GAMMA, ALPHA = 0.9, th.tensor(0.5)
 
@@ -37,7 +37,7 @@ def path(rewards, log_prob, continuation):
         return th.tensor(values).view(-1, 1, 1)
 
     nothing = th.zeros(len(log_prob), 1, 1)
-    return Path(nothing, nothing, column(log_prob), column(rewards), column(continuation), nothing)
+    return Path(nothing, nothing, column(log_prob), column(rewards), column(continuation))
 
 
 # -- J --
@@ -67,7 +67,7 @@ def test_paths_follow_the_policy_and_the_dynamics():
             draw=lambda s, a, t: (s + a, s * a + t),
             earned=lambda s, a, next_s, rewards: (rewards, th.ones_like(rewards)),
             states=th.tensor([[1.0], [2.0]], dtype=th.double),
-            shifts=th.zeros(4, 2, 1, dtype=th.double),
+            steps=3,
         )
         return steps, expanded_value(steps, steps.states[-1], ALPHA, GAMMA)
 
@@ -77,31 +77,6 @@ def test_paths_follow_the_policy_and_the_dynamics():
     assert_close(steps.rewards[:, 0, 0], th.tensor([0.5, 1.5**2 / 2 + 1, 2.25**2 / 2 + 2], dtype=th.double))
     k = th.tensor(0.5, dtype=th.double, requires_grad=True)
     assert th.autograd.gradcheck(lambda k: value(k)[1], k)
-
-
-def test_shifts_move_the_actions_and_all_that_follows():
-    """a = s + shift, s' = s + a, V = s: a shift of a_0 counts twice in s_2, one of a_1 once, of a_2 not at all."""
-    shifts = th.zeros(3, 1, 1, requires_grad=True)
-    steps = look_ahead(
-        act=lambda s: (s, th.zeros_like(s)),
-        draw=lambda s, a, t: (s + a, th.zeros_like(s)),
-        earned=lambda s, a, next_s, rewards: (rewards, th.ones_like(rewards)),
-        states=th.tensor([[1.0]]),
-        shifts=shifts,
-    )
-    (pull,) = th.autograd.grad(expanded_value(steps, steps.states[-1], ALPHA, 1.0), shifts)
-    assert_close(pull.flatten(), th.tensor([2.0, 1.0, 0.0]))
-
-
-def test_no_row_pulls_harder_than_the_median():
-    """Two actions of two numbers, five rows of norms 0, 1, 2, 4 and 1,000."""
-    pull = th.zeros(2, 5, 2)
-    pull[0, 1, 0] = 1
-    pull[1, 2] = th.tensor([0.0, -2.0])
-    pull[:, 3] = 2
-    pull[:, 4] = 500
-    assert_close(evened(pull), th.tensor([[1.0], [1.0], [1.0], [0.5], [0.002]]))
-    assert_close(evened(th.zeros(2, 5, 2)), th.ones(5, 1))
 
 
 # -- the update --
@@ -160,21 +135,6 @@ def test_the_actors_gradient_flows_through_the_learned_world(model):
     steps = model._path_from(8)
     (gradient,) = th.autograd.grad(steps.rewards[-1].sum(), model.actor.mu.weight)
     assert gradient.abs().max() > 0
-
-
-def test_each_row_has_its_weight_in_the_actors_gradient(model, monkeypatch):
-    """With the weights c, 0, ... the gradient is linear in c, and none is left where all of them are zero."""
-    model._starts_each = 8
-
-    def gradient(weight):
-        monkeypatch.setattr(expansion, "evened", lambda pull: weight * (th.arange(pull.shape[1]) == 0)[:, None])
-        agent = copy.deepcopy(model)
-        th.manual_seed(0)
-        agent._update_ahead(agent.replay_buffer.sample(8))
-        return agent.actor.mu.weight.grad
-
-    assert gradient(0.0).abs().max() == 0 < gradient(1.0).abs().max()
-    assert_close(gradient(2.0), 2 * gradient(1.0))
 
 
 def test_novelty_is_paid_on_the_way(model):
