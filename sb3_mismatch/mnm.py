@@ -82,8 +82,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining, Tried):
     :param dynamics_kwargs: further arguments of :class:`~sb3_mismatch.dynamics.Dynamics`, and its ``learning_rate``
     :param classifier_kwargs: arguments of :class:`~sb3_mismatch.classifier.Classifier`, and its ``learning_rate``
     :param fit_kwargs: arguments of :class:`~sb3_mismatch.fitting.FitSettings`
-    :param trials: let a copy of the actor that stays as it is play every fourth episode of the first environment, and
-        ``predict`` play the copy that earned most while the actor itself earns less (:mod:`sb3_mismatch.trials`)
+    :param trials: let a copy of the actor that stays as it is play some episodes of the first environment without
+        exploring, every fourth at first and each at last, and ``predict`` play the copy that earned most
+        (:mod:`sb3_mismatch.trials`)
     :param figures_every: fits of the world between two sets of pictures of it in TensorBoard, where the logger writes
         there; 0: none
     """

@@ -1,14 +1,16 @@
 """
-Trials: now and then an episode is played by a copy of the actor that stays as it is. The copy that earned most on
-average is deployed, until the actor that learns has earned as much on average in some episodes since.
+Trials: now and then an episode is played by a copy of the actor that stays as it is and does not explore. The copy that
+earned most on average is deployed.
 
 While it learns, a policy that walks falls a hundred gradient steps on, and walks again after as many. What a copy
-earned is known from training itself: trials cost no step of the environment beside those. One episode may have been
-luck, so that the copy to beat is tried again every so often.
+earns is known from training itself: trials cost no step of the environment beside those. It plays as it will when it is
+deployed, for what a policy earns while it explores tells little of that. One episode may have been luck, so that the
+copy to beat is tried again every so often.
 
 Source: the checkpoints of TD7 (Fujimoto et al., "For SALE: State-Action Representation Learning for Deep Reinforcement
 Learning", NeurIPS 2023). There every episode is a trial and the policy waits with its updates meanwhile; here it learns
-on, and plays most of the episodes itself, for a world is to be learned where the policy goes now.
+on, and plays most of the episodes itself, for a world is to be learned where the policy goes now, and rewards are to be
+found. Towards the end of a run, where what has been learned is all that counts, trials are more.
 """
 
 import copy
@@ -26,15 +28,13 @@ from torch import nn
 
 from sb3_mismatch.observations import Observations
 
-#: every so many episodes one is a trial, and every so many trials one is of the proven actor
+#: at first every so many episodes one is a trial, at last each; every so many trials one is of the proven actor
 TRIAL_EVERY, RETRIAL_EVERY = 4, 3
-#: so many episodes tell what the actor that learns earns: one that walked may fall in the next
-N_RECENT = 3
 
 
 class Trials:
     """
-    Who plays, who is proven, and who is to be deployed.
+    Who plays, and who is proven.
 
     :param actor: what both are copies of at first
     """
@@ -46,46 +46,41 @@ class Trials:
         self.proven, self.earned, self.n_proven = _still(actor), -math.inf, 0
         #: earned so far in the episode under way; ``None`` where there is none that counts
         self.under_way: float | None = None
-        self.n_episodes = 0
-        #: earned in the last episodes since somebody was proven, the proven actor's own apart
-        self.recent: list[float] = []
+        #: whether that is a trial, and one of the proven actor
+        self.is_trial = self.is_retrial = False
+        #: trials so far, and episodes since the last one
+        self.n_trials = self.n_since = 0
 
-    @property
-    def is_trial(self) -> bool:
-        """Whether the episode under way is one."""
-        return self.under_way is not None and self.n_episodes % TRIAL_EVERY == 0
+    def begin(self, actor: nn.Module, remaining: float) -> None:
+        """
+        Begin an episode; if it is a trial, of ``actor`` or of the proven one.
 
-    @property
-    def is_retrial(self) -> bool:
-        """Whether it is one of the proven actor."""
-        return self.is_trial and self.n_proven > 0 and self.n_episodes % (TRIAL_EVERY * RETRIAL_EVERY) == 0
-
-    @property
-    def deploys_proven(self) -> bool:
-        """Whether the actor that learns has not earned as much since as the proven one."""
-        return self.n_proven > 0 and (len(self.recent) < N_RECENT or sum(self.recent) < N_RECENT * self.earned)
-
-    def begin(self, actor: nn.Module) -> None:
-        """Begin an episode; if it is a trial, of ``actor`` or of the proven one."""
-        self.n_episodes, self.under_way = self.n_episodes + 1, 0.0
+        :param remaining: what is left of the run, from 1 to 0
+        """
+        self.under_way, self.n_since = 0.0, self.n_since + 1
+        self.is_trial = self.n_since >= TRIAL_EVERY * remaining
         if self.is_trial:
+            self.n_since, self.n_trials = 0, self.n_trials + 1
+            self.is_retrial = self.n_proven > 0 and self.n_trials % RETRIAL_EVERY == 0
             self.player.load_state_dict((self.proven if self.is_retrial else actor).state_dict())
 
     def end(self) -> None:
         """Judge the episode under way: in a trial, who earns no less than the proven actor takes its place."""
         assert self.under_way is not None
-        if self.is_retrial:
+        if self.is_trial and self.is_retrial:
             self.n_proven += 1
             self.earned += (self.under_way - self.earned) / self.n_proven
-        else:
-            self.recent = [*self.recent, self.under_way][-N_RECENT:]
-            if self.is_trial and self.under_way >= self.earned:
-                self.proven.load_state_dict(self.player.state_dict())
-                self.earned, self.n_proven, self.recent = self.under_way, 1, []
-        self.under_way = None
+        elif self.is_trial and self.under_way >= self.earned:
+            self.proven.load_state_dict(self.player.state_dict())
+            self.earned, self.n_proven = self.under_way, 1
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Judge nobody by the episode under way."""
+        self.under_way, self.is_trial = None, False
 
     def state_dict(self) -> dict[str, Any]:
-        rest = {name: getattr(self, name) for name in ("earned", "n_proven", "under_way", "n_episodes", "recent")}
+        rest = {name: x for name, x in vars(self).items() if name not in ("player", "proven")}
         return {"player": self.player.state_dict(), "proven": self.proven.state_dict(), "rest": rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,16 +125,16 @@ class Tried(OffPolicyAlgorithm):
             return self.deployed_policy.predict(observation, state, episode_start, deterministic)
         if self._trials is None or not self._trials.is_trial:
             return self.policy.predict(observation, state, episode_start, deterministic)
-        played, state = self._with(self._trials.player).predict(observation, state, episode_start, deterministic)
+        played, state = self._with(self._trials.player).predict(observation, state, episode_start, deterministic=True)
         if len(played) > 1:
             played[1:] = self.policy.predict(observation, None, None, deterministic)[0][1:]
         return played, state
 
     @property
     def deployed_policy(self) -> BasePolicy:
-        """What :meth:`predict` plays: ``policy``, with the proven actor where that has earned more."""
+        """What :meth:`predict` plays: ``policy``, with the proven actor as soon as there is one."""
         trials = self._trials
-        return self._with(trials.proven) if trials is not None and trials.deploys_proven else self.policy
+        return self._with(trials.proven) if trials is not None and trials.n_proven > 0 else self.policy
 
     def _with(self, actor: nn.Module) -> BasePolicy:
         """``policy`` with another actor, and not compiled. What it does not hold itself is shared."""
@@ -163,7 +158,7 @@ class Tried(OffPolicyAlgorithm):
         prepared = super()._setup_learn(total_timesteps, callback, *args, **kwargs)
         if self._trials is not None and (before is None or self._last_obs is not before):
             # The environment was reset: the episode is another.
-            self._trials.under_way = None
+            self._trials.abandon()
         return prepared
 
     def _store_transition(
@@ -189,7 +184,7 @@ class Tried(OffPolicyAlgorithm):
                     self.logger.record("trials/proven", trials.earned)
         # A policy that has learned nothing yet has nothing to show.
         if dones[0] and self._n_updates > 0:
-            trials.begin(self._learner)
+            trials.begin(self._learner, self._current_progress_remaining)
 
     # -- saved and loaded --
 

@@ -1,7 +1,6 @@
 """Trials: who plays them, who is proven, and what predict plays."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torch.testing import assert_close
 from sb3_mismatch import MBPO, MnM
 from sb3_mismatch import trials as module
 from sb3_mismatch.contrib import MnMCrossQ, MnMTQC
-from sb3_mismatch.trials import N_RECENT, TRIAL_EVERY, Trials
+from sb3_mismatch.trials import Trials
 
 STATES = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 
@@ -38,8 +37,7 @@ def moved(actor, by=0.3):
 
 
 def in_a_trial(model):
-    model._trials.n_episodes, model._trials.under_way = TRIAL_EVERY, 0.0
-    assert model._trials.is_trial
+    model._trials.under_way, model._trials.is_trial = 0.0, True
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -53,20 +51,14 @@ def test_the_first_environment_alone_is_played_by_the_player(n_envs):
 
     in_a_trial(model)
     action, scaled = sampled()
-    model._trials.under_way = None
+    model._trials.abandon()
     plain = sampled()[0]
-    th.manual_seed(0)
-    expected = model._with(model._trials.player).predict(model._last_obs)[0]
+    # It does not explore, so that it draws nothing, and the others' actions are the learner's.
+    expected = model._with(model._trials.player).predict(model._last_obs, deterministic=True)[0]
     assert_close(action[0], expected[0])
     assert_close(scaled[0], model.policy.scale_action(expected)[0])
     assert not np.allclose(action[0], plain[0])
-    if n_envs == 1:
-        return
-    # The others are the learner's, whose draws come after the player's.
-    th.manual_seed(0)
-    model._with(model._trials.player).predict(model._last_obs)
-    learner = model.policy.predict(model._last_obs)[0]
-    assert_close(action[1:], learner[1:])
+    assert_close(action[1:], plain[1:])
 
 
 def test_the_player_stays_as_it_is_while_the_actor_learns():
@@ -77,12 +69,11 @@ def test_the_player_stays_as_it_is_while_the_actor_learns():
             super()._store_transition(*args, **kwargs)
             if self._trials.is_trial:
                 weights = next(self._trials.player.parameters())
-                seen.append((self._trials.n_episodes, weights.sum().item(), next(self.actor.parameters()).sum().item()))
+                seen.append((self._trials.n_trials, weights.sum().item(), next(self.actor.parameters()).sum().item()))
 
     tried(steps=400, kind=Watched)
     trials = sorted({number for number, _, _ in seen})
     assert len(trials) > 3
-    assert all(number % TRIAL_EVERY == 0 for number in trials)
     for number in trials:
         mine = [row for row in seen if row[0] == number]
         assert len({player for _, player, _ in mine}) == 1
@@ -110,38 +101,50 @@ def test_who_earns_no_less_on_average_takes_the_place():
     actor = th.nn.Linear(1, 1).requires_grad_(False)
     trials = Trials(actor)
     proven = []
-    # Every fourth is a trial, every twelfth one of the proven actor.
+    # Every fourth is a trial, every third of them one of the proven actor. What others earn counts for nothing.
     for episode, earned in enumerate([9, 9, 9, -5, 9, 9, 9, -7, 9, 9, 9, -4, 9, 9, 9, -4, 9, 9, 9, -4.5], start=1):
         actor.weight.fill_(episode)
-        trials.begin(actor)
+        trials.begin(actor, remaining=1.0)
         assert trials.is_trial == (episode % 4 == 0)
-        assert trials.is_retrial == (episode % 12 == 0)
         if trials.is_trial:
+            assert trials.is_retrial == (episode % 12 == 0)
             assert trials.player.weight.item() == (4 if trials.is_retrial else episode)
         trials.under_way += earned
         trials.end()
+        assert (trials.under_way, trials.is_trial) == (None, False)
         if episode % 4 == 0:
             proven.append((trials.proven.weight.item(), trials.earned, trials.n_proven))
     assert proven == [(4, -5, 1), (4, -5, 1), (4, -4.5, 2), (16, -4, 1), (16, -4, 1)]
 
 
-def test_the_proven_actor_is_deployed_while_the_other_earns_less():
+@pytest.mark.parametrize(
+    ("remaining", "expected"),
+    [
+        (1.0, "...T...T"),
+        (0.76, "...T...T"),
+        (0.75, "..T..T.."),
+        (0.5, ".T.T.T.T"),
+        (0.25, "TTTTTTTT"),
+        (0.0, "TTTTTTTT"),
+    ],
+)
+def test_trials_are_more_towards_the_end(remaining, expected):
     actor = th.nn.Linear(1, 1)
     trials = Trials(actor)
-    deployed = []
-    for earned in (1, 1, 1, 5, 5, 6, 5, 4, 4, 4, 5, 1):
-        trials.begin(actor)
-        trials.under_way += earned
+    happened = ""
+    for _ in expected:
+        trials.begin(actor, remaining)
+        happened += "T" if trials.is_trial else "."
         trials.end()
-        deployed.append((trials.deploys_proven, trials.recent))
-    assert deployed == [
-        # Who is proven is deployed until three episodes tell of the other.
-        *((False, [1]), (False, [1, 1]), (False, [1, 1, 1]), (True, [])),
-        *((True, [5]), (True, [5, 6]), (False, [5, 6, 5]), (False, [6, 5, 4])),
-        # The twelfth is the proven actor's, who has then earned 3 on average.
-        *((True, [5, 4, 4]), (True, [4, 4, 4]), (True, [4, 4, 5]), (False, [4, 4, 5])),
-    ]
-    assert trials.earned == 3
+    assert happened == expected
+
+
+def test_what_is_left_of_a_run_is_told(monkeypatch):
+    told = []
+    begin = Trials.begin
+    monkeypatch.setattr(Trials, "begin", lambda self, actor, left: (told.append(left), begin(self, actor, left)))
+    tried(steps=100)  # Episodes end each 20 steps; the first to count begins behind learning_starts.
+    assert told == pytest.approx([0.4, 0.2, 0.0], abs=0.011)
 
 
 def proved(model):
@@ -149,7 +152,7 @@ def proved(model):
     trials = model._trials
     trials.proven.load_state_dict(model.actor.state_dict())
     moved(trials.proven)
-    trials.earned, trials.n_proven, trials.recent = 1e6, 1, [0.0]
+    trials.earned, trials.n_proven = 1e6, 1
     return model
 
 
@@ -166,8 +169,7 @@ def test_predict_plays_the_proven_actor(kind):
     drawn = actions(model, deterministic=False)
     th.manual_seed(0)
     assert (drawn == actions(proven.policy, deterministic=False)).all()
-    # Until the one that learns earns as much.
-    model._trials.recent = [1e6] * N_RECENT
+    model._trials.n_proven = 0
     assert (actions(model) == actions(model.policy)).all()
 
 
@@ -179,18 +181,15 @@ def test_a_compiled_policy_gives_way_too():
     assert (actions(model) == before).all()
 
 
-def test_what_was_proven_earns_it_again(monkeypatch):
-    """Without chance in environment and policy, a trial and an evaluation are the same."""
+def test_what_was_proven_earns_it_again():
+    """Without chance in the environment a trial and an evaluation are the same."""
 
     class Same(BoxEnv):
         def reset(self, *, seed=None, options=None):
             return super().reset(seed=0, options=options)
 
-    predict = MnM.predict
-    monkeypatch.setattr(MnM, "predict", lambda self, *args, **kwargs: predict(self, *args[:3], deterministic=True))
     model = tried(Same(), 800)
     assert model._trials.n_proven > 0
-    model._trials.recent = [-math.inf]
     earned = evaluate_policy(model, Same(), n_eval_episodes=1, warn=False)[0]
     assert earned == pytest.approx(model._trials.earned, rel=1e-5)
 
