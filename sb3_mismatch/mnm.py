@@ -84,7 +84,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining, Tried):
     :param fit_kwargs: arguments of :class:`~sb3_mismatch.fitting.FitSettings`
     :param trials: let a copy of the actor that stays as it is play some episodes of the first environment without
         exploring, every fourth at first and each at last, and ``predict`` play the copy that earned most
-        (:mod:`sb3_mismatch.trials`)
+        while the actor itself earns less (:mod:`sb3_mismatch.trials`)
     :param figures_every: fits of the world between two sets of pictures of it in TensorBoard, where the logger writes
         there; 0: none
     """

@@ -1,6 +1,6 @@
 """
 Trials: now and then an episode is played by a copy of the actor that stays as it is and does not explore. The copy that
-earned most on average is deployed.
+earned most on average is deployed, until the actor that learns has earned as much on average in some episodes since.
 
 While it learns, a policy that walks falls a hundred gradient steps on, and walks again after as many. What a copy
 earns is known from training itself: trials cost no step of the environment beside those. It plays as it will when it is
@@ -30,11 +30,13 @@ from sb3_mismatch.observations import Observations
 
 #: at first every so many episodes one is a trial, at last each; every so many trials one is of the proven actor
 TRIAL_EVERY, RETRIAL_EVERY = 4, 3
+#: so many episodes tell what the actor that learns earns: one that walked may fall in the next
+N_RECENT = 3
 
 
 class Trials:
     """
-    Who plays, and who is proven.
+    Who plays, who is proven, and who is to be deployed.
 
     :param actor: what both are copies of at first
     """
@@ -50,6 +52,13 @@ class Trials:
         self.is_trial = self.is_retrial = False
         #: trials so far, and episodes since the last one
         self.n_trials = self.n_since = 0
+        #: earned in the last episodes since somebody was proven, the proven actor's own apart
+        self.recent: list[float] = []
+
+    @property
+    def deploys_proven(self) -> bool:
+        """Whether the actor that learns has not earned as much since as the proven one."""
+        return self.n_proven > 0 and (len(self.recent) < N_RECENT or sum(self.recent) < N_RECENT * self.earned)
 
     def begin(self, actor: nn.Module, remaining: float) -> None:
         """
@@ -57,7 +66,7 @@ class Trials:
 
         :param remaining: what is left of the run, from 1 to 0
         """
-        self.under_way, self.n_since = 0.0, self.n_since + 1
+        self.under_way, self.is_retrial, self.n_since = 0.0, False, self.n_since + 1
         self.is_trial = self.n_since >= TRIAL_EVERY * remaining
         if self.is_trial:
             self.n_since, self.n_trials = 0, self.n_trials + 1
@@ -67,12 +76,14 @@ class Trials:
     def end(self) -> None:
         """Judge the episode under way: in a trial, who earns no less than the proven actor takes its place."""
         assert self.under_way is not None
-        if self.is_trial and self.is_retrial:
+        if self.is_retrial:
             self.n_proven += 1
             self.earned += (self.under_way - self.earned) / self.n_proven
         elif self.is_trial and self.under_way >= self.earned:
             self.proven.load_state_dict(self.player.state_dict())
-            self.earned, self.n_proven = self.under_way, 1
+            self.earned, self.n_proven, self.recent = self.under_way, 1, []
+        else:
+            self.recent = [*self.recent, self.under_way][-N_RECENT:]
         self.abandon()
 
     def abandon(self) -> None:
@@ -132,9 +143,9 @@ class Tried(OffPolicyAlgorithm):
 
     @property
     def deployed_policy(self) -> BasePolicy:
-        """What :meth:`predict` plays: ``policy``, with the proven actor as soon as there is one."""
+        """What :meth:`predict` plays: ``policy``, with the proven actor where that has earned more."""
         trials = self._trials
-        return self._with(trials.proven) if trials is not None and trials.n_proven > 0 else self.policy
+        return self._with(trials.proven) if trials is not None and trials.deploys_proven else self.policy
 
     def _with(self, actor: nn.Module) -> BasePolicy:
         """``policy`` with another actor, and not compiled. What it does not hold itself is shared."""

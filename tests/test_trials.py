@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from sb3_mismatch import MBPO, MnM
 from sb3_mismatch import trials as module
 from sb3_mismatch.contrib import MnMCrossQ, MnMTQC
-from sb3_mismatch.trials import Trials
+from sb3_mismatch.trials import N_RECENT, Trials
 
 STATES = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 
@@ -106,8 +106,8 @@ def test_who_earns_no_less_on_average_takes_the_place():
         actor.weight.fill_(episode)
         trials.begin(actor, remaining=1.0)
         assert trials.is_trial == (episode % 4 == 0)
+        assert trials.is_retrial == (episode % 12 == 0)
         if trials.is_trial:
-            assert trials.is_retrial == (episode % 12 == 0)
             assert trials.player.weight.item() == (4 if trials.is_retrial else episode)
         trials.under_way += earned
         trials.end()
@@ -147,12 +147,31 @@ def test_what_is_left_of_a_run_is_told(monkeypatch):
     assert told == pytest.approx([0.4, 0.2, 0.0], abs=0.011)
 
 
+def test_the_proven_actor_is_deployed_while_the_other_earns_less():
+    actor = th.nn.Linear(1, 1)
+    trials = Trials(actor)
+    deployed = []
+    for earned in (1, 1, 1, 5, 5, 6, 5, 4, 4, 4, 5, 1):
+        trials.begin(actor, remaining=1.0)
+        trials.under_way += earned
+        trials.end()
+        deployed.append((trials.deploys_proven, trials.recent))
+    assert deployed == [
+        # Who is proven is deployed until three episodes tell of the other.
+        *((False, [1]), (False, [1, 1]), (False, [1, 1, 1]), (True, [])),
+        *((True, [5]), (True, [5, 6]), (False, [5, 6, 5]), (False, [6, 5, 4])),
+        # The twelfth is the proven actor's, who has then earned 3 on average.
+        *((True, [5, 4, 4]), (True, [4, 4, 4]), (True, [4, 4, 5]), (False, [4, 4, 5])),
+    ]
+    assert trials.earned == 3
+
+
 def proved(model):
     """A model whose proven actor is one that nobody else is."""
     trials = model._trials
     trials.proven.load_state_dict(model.actor.state_dict())
     moved(trials.proven)
-    trials.earned, trials.n_proven = 1e6, 1
+    trials.earned, trials.n_proven, trials.recent = 1e6, 1, [0.0]
     return model
 
 
@@ -169,7 +188,8 @@ def test_predict_plays_the_proven_actor(kind):
     drawn = actions(model, deterministic=False)
     th.manual_seed(0)
     assert (drawn == actions(proven.policy, deterministic=False)).all()
-    model._trials.n_proven = 0
+    # Until the one that learns earns as much.
+    model._trials.recent = [1e6] * N_RECENT
     assert (actions(model) == actions(model.policy)).all()
 
 
@@ -190,6 +210,7 @@ def test_what_was_proven_earns_it_again():
 
     model = tried(Same(), 800)
     assert model._trials.n_proven > 0
+    model._trials.recent = []
     earned = evaluate_policy(model, Same(), n_eval_episodes=1, warn=False)[0]
     assert earned == pytest.approx(model._trials.earned, rel=1e-5)
 
