@@ -99,12 +99,12 @@ def test_given_actions_are_played_and_clipped(model):
     assert np.abs(imagined.observations[1] - other.observations[1]).max() > 1e-4
 
 
-def test_mode_is_that_of_predict_under_vec_normalize(monkeypatch):
+def test_mode_is_that_of_the_policy_under_vec_normalize(monkeypatch):
     soon(monkeypatch)
     model = trained(environments(1, BoxEnv, normalize=True))
     raw = starts(model, 6)
     imagined = model.imagine(raw, 1, deterministic=True)
-    expected, _ = model.predict(model.get_vec_normalize_env().normalize_obs(raw), deterministic=True)
+    expected, _ = model.policy.predict(model.get_vec_normalize_env().normalize_obs(raw), deterministic=True)
     np.testing.assert_allclose(imagined.actions[0], expected, rtol=1e-4, atol=1e-5)
     assert np.abs(model.imagine(raw, 1).actions[0] - expected).max() > 0.01
 
