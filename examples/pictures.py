@@ -47,10 +47,7 @@ def draw(runs: Path, out: Path) -> None:
     """Write every picture into ``out``."""
     model = MnM.load(runs / "defaults" / "model.zip", device="cpu")
     model.load_replay_buffer(runs / "defaults" / "replay_buffer.pkl")
-    seeds = {
-        label: sorted((RESULTS / folder).glob("seed*.csv"))
-        for label, folder in (("MnM", "mnm-no-trials"), ("SAC", "sac"))
-    }
+    seeds = {label: sorted((RESULTS / folder).glob("seed*.csv")) for label, folder in (("MnM", "mnm"), ("SAC", "sac"))}
     figures = {
         "trajectories": plots.trajectories(model),
         "log_ratio": plots.log_ratio(model),

@@ -116,7 +116,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining, Tried):
         dynamics_kwargs: dict[str, Any] | None = None,
         classifier_kwargs: dict[str, Any] | None = None,
         fit_kwargs: dict[str, Any] | None = None,
-        trials: bool = True,
+        trials: bool = False,
         figures_every: int = 50,
         _init_setup_model: bool = True,
         **kwargs: Any,
@@ -443,10 +443,9 @@ class MBPO(MnM):
         random_steps: int | str = 0,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
-        trials: bool = False,
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
         own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "random_steps": random_steps}
-        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step, "trials": trials}
+        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, **kwargs)

@@ -11,7 +11,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from test_checkpoints import pendulums, resumed_and_not
 from torch.testing import assert_close
 
-from sb3_mismatch import MBPO, MnM
+from sb3_mismatch import MnM
 from sb3_mismatch import trials as module
 from sb3_mismatch.contrib import MnMCrossQ, MnMTQC
 from sb3_mismatch.trials import N_RECENT, Trials
@@ -20,7 +20,8 @@ STATES = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 
 
 def tried(env=None, steps=300, kind=MnM, **changed):
-    return trained(BoxEnv(terminates=True) if env is None else env, steps, kind, **changed)
+    env = BoxEnv(terminates=True) if env is None else env
+    return trained(env, steps, kind, **{"trials": True, **changed})
 
 
 def actions(policy, states=STATES, deterministic=True):
@@ -216,13 +217,12 @@ def test_what_was_proven_earns_it_again():
 
 
 def test_without_trials_predict_is_sb3s():
-    model = trained(BoxEnv(terminates=True), 300, trials=False)
+    model = trained(BoxEnv(terminates=True), 300)
     assert model._trials is None
     assert (actions(model) == actions(model.policy)).all()
     before = tried(steps=55)
     assert before._trials.n_proven == 0
     assert (actions(before) == actions(before.policy)).all()
-    assert not MBPO("MlpPolicy", BoxEnv()).trials
 
 
 # -- saved --
@@ -239,7 +239,7 @@ def test_a_zip_holds_them_and_sac_opens_it(tmp_path):
     assert (actions(without) == actions(model.policy)).all()
     model.save(tmp_path / "no_world", exclude=["world"])
     assert (actions(MnM.load(tmp_path / "no_world")) == actions(model)).all()
-    trained(BoxEnv(), 60, trials=False).save(tmp_path / "none")
+    trained(BoxEnv(), 60).save(tmp_path / "none")
     assert MnM.load(tmp_path / "none", trials=True)._trials.n_proven == 0
 
 
@@ -254,7 +254,7 @@ def test_with_other_parameters_nothing_is_proven():
 def test_a_run_is_continued_in_the_midst_of_a_trial(n_envs, changed, tmp_path, monkeypatch):
     soon(monkeypatch)
     monkeypatch.setattr(module, "TRIAL_EVERY", 1)
-    continued, whole = resumed_and_not(tmp_path, lambda: pendulums(n_envs), stop=500, more=300, **changed)
+    continued, whole = resumed_and_not(tmp_path, lambda: pendulums(n_envs), stop=500, more=300, trials=True, **changed)
     assert whole["trials"]["rest"]["under_way"] is not None
     assert_same(continued, whole)
 

@@ -58,7 +58,7 @@ def test_h1_sacs_keys_keep_their_names_and_meaning(tmp_path):
     assert [event.step for event in events.Scalars("rollout/ep_len_mean")] == [20, 40, 60, 80, 100]
     assert {event.value for event in events.Scalars("rollout/ep_len_mean")} == {20}
     ours = {name.split("/")[0] for name in set(events.Tags()["scalars"]) - SAC_KEYS}
-    assert ours == {"dynamics", "classifier", "imagination", "train", "trials"}
+    assert ours == {"dynamics", "classifier", "imagination", "train"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

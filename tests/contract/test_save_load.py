@@ -54,7 +54,7 @@ def test_g1_the_zip_is_sacs_with_a_world_beside(agent):
     names = set(zipfile.ZipFile(archived(agent)).namelist())
     theirs = io.BytesIO()
     SAC("MlpPolicy", BoxEnv(), device="cpu", buffer_size=10).save(theirs)
-    besides = {name for name in names if name.startswith("world/")} | {"trials.pt"}
+    besides = {name for name in names if name.startswith("world/")}
     assert names - besides == set(zipfile.ZipFile(theirs).namelist())
     parts = ("dynamics", "classifier", "dynamics_optimizer", "classifier_optimizer", "state")
     assert {name for name in names if name.startswith("world/")} == {f"world/{part}.pt" for part in parts}
@@ -83,7 +83,7 @@ def test_g3_networks_are_declared_and_nothing_else_of_the_world_is_in_data(agent
 def test_g4_every_tensor_member_is_read_with_weights_only(agent):
     archive = zipfile.ZipFile(archived(agent))
     tensors = [name for name in archive.namelist() if name.endswith((".pt", ".pth"))]
-    assert len(tensors) == 11
+    assert len(tensors) == 10
     for name in tensors:
         th.load(io.BytesIO(archive.read(name)), weights_only=True)
 
