@@ -15,6 +15,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import LinearSchedule
 
+from sb3_mismatch.averaging import Averaged
 from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, random_states, real_transitions
 from sb3_mismatch.expansion import Expanding
 from sb3_mismatch.figures import show_world
@@ -27,7 +28,6 @@ from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.saving import SavedWithWorld
 from sb3_mismatch.settings import check_replay_buffer_class, check_rows, check_settings, joined_signature
 from sb3_mismatch.terminations import TransitionFunction
-from sb3_mismatch.trials import Tried
 from sb3_mismatch.world import World
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
@@ -38,7 +38,7 @@ FEWEST_ROWS = 256
 RANDOM_STEPS_EACH, MOST_RANDOM_STEPS = 40, 1000
 
 
-class ModelBased(Guarded, SavedWithWorld, Imagining, Tried):
+class ModelBased(Guarded, SavedWithWorld, Imagining, Averaged):
     """
     Gives an off-policy actor-critic of SB3 a learned world. Mixed in before the algorithm:
     ``class MnM(ModelBased, FastSAC)``.
@@ -82,9 +82,8 @@ class ModelBased(Guarded, SavedWithWorld, Imagining, Tried):
     :param dynamics_kwargs: further arguments of :class:`~sb3_mismatch.dynamics.Dynamics`, and its ``learning_rate``
     :param classifier_kwargs: arguments of :class:`~sb3_mismatch.classifier.Classifier`, and its ``learning_rate``
     :param fit_kwargs: arguments of :class:`~sb3_mismatch.fitting.FitSettings`
-    :param trials: let a copy of the actor that stays as it is play some episodes of the first environment without
-        exploring, every fourth at first and each at last, and ``predict`` play the copy that earned most
-        while the actor itself earns less (:mod:`sb3_mismatch.trials`)
+    :param average_steps: ``predict`` plays the mean of the actor over its last gradient steps, about so many of them
+        (:mod:`sb3_mismatch.averaging`); 0: the actor as it is, as in SB3
     :param figures_every: fits of the world between two sets of pictures of it in TensorBoard, where the logger writes
         there; 0: none
     """
@@ -116,7 +115,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining, Tried):
         dynamics_kwargs: dict[str, Any] | None = None,
         classifier_kwargs: dict[str, Any] | None = None,
         fit_kwargs: dict[str, Any] | None = None,
-        trials: bool = False,
+        average_steps: int = 1000,
         figures_every: int = 50,
         _init_setup_model: bool = True,
         **kwargs: Any,
@@ -145,7 +144,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining, Tried):
         self.dynamics_kwargs = dynamics_kwargs
         self.classifier_kwargs = classifier_kwargs
         self.fit_kwargs = fit_kwargs
-        self.trials = trials
+        self.average_steps = average_steps
         self.figures_every = figures_every
         self._fitted_at: int | None = None
         self._imagined_at = 0

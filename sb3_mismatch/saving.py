@@ -23,10 +23,10 @@ from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import get_device
 
 from sb3_mismatch import sharing
+from sb3_mismatch.averaging import Average
 from sb3_mismatch.checkpoints import Checkpointed
 from sb3_mismatch.files import check_zip, sealed, written
 from sb3_mismatch.randomness import RandomStreams
-from sb3_mismatch.trials import Trials
 from sb3_mismatch.world import World
 
 SelfSavedWithWorld = TypeVar("SelfSavedWithWorld", bound="SavedWithWorld")
@@ -37,7 +37,7 @@ Path = str | pathlib.Path | io.BufferedIOBase
 PICKLED = ("objective", "termination_fn", "reward_fn")
 
 _STATE = "world/state.pt"
-_TRIALS = "trials.pt"
+_AVERAGE = "average.pt"
 
 
 class SavedWithWorld(Checkpointed):
@@ -45,7 +45,7 @@ class SavedWithWorld(Checkpointed):
 
     world: World
     _streams: RandomStreams
-    _trials: Trials | None
+    _average: Average | None
     _fitted_at: int | None
 
     def save(self, path: Path, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
@@ -54,7 +54,7 @@ class SavedWithWorld(Checkpointed):
 
         Whoever is killed meanwhile leaves the file before whole (:mod:`sb3_mismatch.files`).
 
-        :param exclude: as in SB3; ``["world"]`` leaves the world out, not what trials have proven
+        :param exclude: as in SB3; ``["world"]`` leaves the world out, not the average actor
         """
         exclude = list(exclude or [])
         settings = {name: getattr(self, name) for name in PICKLED if name not in exclude}
@@ -62,8 +62,8 @@ class SavedWithWorld(Checkpointed):
         members = {f"world/{name}.pkl": cloudpickle.dumps(value) for name, value in pickled.items()}
         if "world" not in exclude:
             members[_STATE] = _tensors({"streams": self._streams.state_dict()})
-        if self._trials is not None:
-            members[_TRIALS] = _tensors(self._trials.state_dict())
+        if self._average is not None:
+            members[_AVERAGE] = _tensors(self._average.state_dict())
         archive = io.BytesIO()
         super().save(archive, [*exclude, *pickled], include)
         contents = sealed(_set_world_apart(archive, members))
@@ -128,8 +128,8 @@ class SavedWithWorld(Checkpointed):
                 **{**settings, **replaced, **kwargs},
             )
             model.set_parameters({**model.get_parameters(), **saved.parameters})  # type: ignore[dict-item]
-            if saved.trials is not None and model._trials is not None:
-                model._trials.load_state_dict(saved.trials)
+            if saved.average is not None and model._average is not None:
+                model._average.load_state_dict(saved.average)
         except (AttributeError, KeyError, RuntimeError) as error:
             if not kwargs:
                 raise ValueError(
@@ -178,13 +178,13 @@ class _SavedWorld(NamedTuple):
 
     :param parameters: the world's state dicts by the names of ``get_parameters``
     :param state: where its streams stood; ``None`` where there is no world
-    :param trials: of the trials; ``None`` where there are none
+    :param average: of the average actor; ``None`` where there is none
     :param pickles: settings, pickled, by name
     """
 
     parameters: dict[str, Any]
     state: dict[str, Any] | None
-    trials: dict[str, Any] | None
+    average: dict[str, Any] | None
     pickles: dict[str, bytes]
 
     def settings(self, skip: Iterable[str]) -> dict[str, Any]:
@@ -262,16 +262,16 @@ def _read_world(file: io.BytesIO, device: th.device) -> _SavedWorld:
     """What a zip holds beside the base algorithm."""
     with zipfile.ZipFile(file) as archive:
         members = {
-            name: archive.read(name) for name in archive.namelist() if name.startswith("world/") or name == _TRIALS
+            name: archive.read(name) for name in archive.namelist() if name.startswith("world/") or name == _AVERAGE
         }
     pickles = {pathlib.PurePath(name).stem: members.pop(name) for name in list(members) if name.endswith(".pkl")}
     tensors = {
         name: th.load(io.BytesIO(contents), map_location=device, weights_only=True)
         for name, contents in members.items()
     }
-    state, trials = tensors.pop(_STATE, None), tensors.pop(_TRIALS, None)
+    state, average = tensors.pop(_STATE, None), tensors.pop(_AVERAGE, None)
     parameters = {name.replace("world/", "world.").removesuffix(".pt"): value for name, value in tensors.items()}
-    return _SavedWorld(parameters, state, trials, pickles)
+    return _SavedWorld(parameters, state, average, pickles)
 
 
 @contextmanager

@@ -53,8 +53,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_count("expansion", settings["expansion"], "0 for none, or ")
     if settings["random_steps"] not in (0, "auto"):
         check_count("random_steps", settings["random_steps"], "'auto', 0 for none, or ")
-    if not isinstance(settings["trials"], bool):
-        raise TypeError(f"trials={settings['trials']!r} must be True or False")
+    if settings["average_steps"] != 0:
+        check_count("average_steps", settings["average_steps"], "0 for none, or ")
     for name in COUNTS:
         check_count(name, settings[name])
     if settings["imagine_freq"] is not None:
