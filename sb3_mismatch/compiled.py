@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +76,7 @@ class Spec(NamedTuple):
     :param actor: kinds of the actor's layers before its two heads
     :param critic: kinds of a critic's layers
     :param n_critics: critics in the ensemble
+    :param shapes: of the actor's weights, and of the critics'
     :param momenta: of the temperature's, the critics' and the actor's optimizer
     :param ahead: how a learned world is looked into; ``None`` where there is none
     """
@@ -82,6 +84,7 @@ class Spec(NamedTuple):
     actor: Layers
     critic: Layers
     n_critics: int
+    shapes: tuple[th.Size, ...]
     momenta: tuple[Momenta, Momenta, Momenta]
     ahead: Ahead | None = None
 
@@ -189,8 +192,8 @@ def act(spec: Spec, weights: Weights, observations: th.Tensor, noise: th.Tensor)
     """a = tanh(μ + σ ε) and log π(a|s) = Σ log N(ε; 0, 1) - log σ - log(1 - a² + 1e-6). Shapes (n, dim), (n, 1)."""
     *body, w_mean, b_mean, w_std, b_std = weights
     features = mlp(spec.actor, body, observations)
-    mean = F.linear(features, w_mean, b_mean)
-    log_std = F.linear(features, w_std, b_std).clamp(-20, 2)
+    mean, log_std = F.linear(features, th.cat([w_mean, w_std]), th.cat([b_mean, b_std])).chunk(2, dim=1)
+    log_std = log_std.clamp(-20, 2)
     actions = th.tanh(mean + log_std.exp() * noise)
     log_normal = -0.5 * noise.square() - 0.5 * math.log(2 * math.pi)
     return actions, (log_normal - log_std - th.log(1 - actions.square() + 1e-6)).sum(dim=1, keepdim=True)
@@ -390,10 +393,13 @@ def tensors(state: State) -> list[th.Tensor]:
 
 
 @cache
-def program(spec: Spec) -> Callable[[State, Rows, th.Tensor, World], th.Tensor]:
+def program(spec: Spec, sizes: Sizes, threads: int) -> Callable[[State, Rows, th.Tensor, World], th.Tensor]:
     """
     :func:`update`, or :func:`update_ahead`, in place and compiled: (state, rows, numbers as a tensor, dynamics and
     classifier of those who look ahead) -> the log of the step.
+
+    :param sizes: of the minibatches
+    :param threads: that torch has
     """
 
     def step(state: State, rows: Rows, numbers: th.Tensor, world: World) -> th.Tensor:
@@ -403,8 +409,14 @@ def program(spec: Spec) -> Callable[[State, Rows, th.Tensor, World], th.Tensor]:
             old.copy_(new)
         return log
 
+    options: dict[str, Any] = {"post_grad_custom_post_pass": faster_products(), "size_asserts": False}
+    if spec.ahead is None:
+        # Spec and sizes tell all that a program depends on but for a world: nothing is left to look at in each step.
+        options["guard_filter_fn"] = th.compiler.skip_all_guards_unsafe
+    # The compiler keeps its programs with the code of their function, so that each has a code of its own.
+    own = FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
     compiled: Callable[[State, Rows, th.Tensor, World], th.Tensor] = th.compile(
-        step, fullgraph=True, dynamic=False, options={"post_grad_custom_post_pass": faster_products()}
+        own, fullgraph=True, dynamic=False, options=options
     )
     return compiled
 
@@ -434,8 +446,11 @@ class CompiledStep:
         # What torch warns of while it compiles is about its own code.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program(self.spec)(copy, rows, numbers, world)
+            self._program(sizes)(copy, rows, numbers, world)
         self._ready.add((sizes, th.get_num_threads()))
+
+    def _program(self, sizes: Sizes) -> Callable[[State, Rows, th.Tensor, World], th.Tensor]:
+        return program(self.spec, sizes, th.get_num_threads())
 
     def is_ready(self, sizes: Sizes) -> bool:
         """Whether minibatches of these sizes have their program."""
@@ -443,10 +458,11 @@ class CompiledStep:
 
     def on(self, sizes: Sizes, state: State, world: World = ()) -> Callable[[Rows, th.Tensor], th.Tensor]:
         """What takes gradient steps on these tensors, in place: rows and numbers -> the log of :func:`update`."""
+        run = self._program(sizes)
 
         @th.no_grad()
         def step(rows: Rows, numbers: th.Tensor) -> th.Tensor:
-            return program(self.spec)(state, rows, numbers, world)
+            return run(state, rows, numbers, world)
 
         if self.device.type != "cuda":
             return step
@@ -529,6 +545,7 @@ def spec_of(policy: Policy, ent_coef_optimizer: th.optim.Optimizer | None, ahead
         kinds(policy.actor.latent_pi),
         kinds(policy.critic.q_networks[0]),
         len(policy.critic.q_networks),
+        tuple(x.shape for optimizer in (actor, critic) for x in optimizer.param_groups[0]["params"]),
         (momenta(ent_coef_optimizer or critic), momenta(critic), momenta(actor)),
         ahead,
     )

@@ -137,8 +137,8 @@ class FastSAC(SAC):
     def _plain_steps(self, gradient_steps: int, batch_size: int) -> list[Losses]:
         assert self.replay_buffer is not None
         losses: list[Losses] = []
-        for gradient_step in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+        batches = minibatches(self.replay_buffer, gradient_steps, batch_size, self._vec_normalize_env)
+        for gradient_step, batch in enumerate(batches):
             losses.append(self._update(batch))
             if gradient_step % self.target_update_interval == 0:
                 self._update_target()

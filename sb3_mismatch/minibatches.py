@@ -1,4 +1,4 @@
-"""Minibatches of a replay buffer, one after the other; those for a GPU go there together."""
+"""Minibatches of a replay buffer, one after the other; where they can be, many are made at once."""
 
 from collections.abc import Iterator
 
@@ -18,16 +18,27 @@ def minibatches(
     """
     ``n`` minibatches, as as many calls of ``buffer.sample`` draw them.
 
-    Sent to a GPU one by one, each would wait for the gradient step before it.
+    Gathered one by one, each costs a dozen small operations; sent to a GPU one by one, each would wait for the
+    gradient step before it.
     """
     # A buffer without a device has its rows where they are needed.
-    device = getattr(buffer, "device", None)
-    if device is None or device.type == "cpu":
-        for _ in range(n):
-            yield buffer.sample(batch_size, env=env)
-        return
+    device = getattr(buffer, "device", None) or th.device("cpu")
     for first in range(0, n, STEPS_AHEAD):
-        yield from sent(drawn_on_host(buffer, min(n - first, STEPS_AHEAD), batch_size, env), device)
+        n_steps = min(n - first, STEPS_AHEAD)
+        if device.type != "cpu":
+            yield from sent(drawn_on_host(buffer, n_steps, batch_size, env), device)
+        elif draws_alike_at_once(buffer):
+            drawn = buffer.sample(n_steps * batch_size, env=env)
+            for i in range(0, len(drawn.rewards), batch_size):
+                yield tree_map(lambda x: None if x is None else x[i : i + batch_size], drawn)  # noqa: B023
+        else:
+            for _ in range(n_steps):
+                yield buffer.sample(batch_size, env=env)
+
+
+def draws_alike_at_once(buffer: ReplayBuffer) -> bool:
+    """Whether many minibatches drawn as one are those drawn one by one: of flat rows of one environment they are."""
+    return type(buffer) is ReplayBuffer and buffer.n_envs == 1 and len(buffer.obs_shape) == 1
 
 
 def drawn_on_host(buffer: ReplayBuffer, n: int, batch_size: int, env: VecNormalize | None) -> list[ReplayBufferSamples]:
