@@ -442,9 +442,10 @@ class MBPO(MnM):
         random_steps: int | str = 0,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
+        average_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
         own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "random_steps": random_steps}
-        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
+        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step, "average_steps": average_steps}
         super().__init__(*args, **own, **kwargs)

@@ -136,6 +136,16 @@ def test_compiled_equals_plain():
     assert_close_agents(plain, fast)
 
 
+@needs_compiler
+def test_agents_alike_share_a_program_and_others_do_not():
+    program.cache_clear()
+    models = [agent(policy_kwargs={"net_arch": [width]}) for width in (8, 8, 12)]
+    pairs = [trained_both_ways(model, 3, batch_size=n) for model in models for n in (16, 24)]
+    assert program.cache_info().currsize == 4
+    for pair in pairs:
+        assert_close_agents(*pair)
+
+
 def test_a_step_worked_by_hand():
     """One weight of Adam: g = 2, first step: m = 0.2, v = 0.004, w = 1 - lr 1 / (1 + ε)."""
     learner = Learner([th.tensor([1.0])], [th.zeros(1)], [th.zeros(1)])

@@ -1,4 +1,4 @@
-"""Minibatches for a GPU: the same rows as one by one, sent together."""
+"""Minibatches that are made together: the same rows as one by one."""
 
 import warnings
 
@@ -15,8 +15,8 @@ from sb3_mismatch.minibatches import STEPS_AHEAD, drawn_on_host, minibatches, se
 DICT = spaces.Dict({key: spaces.Box(-1, 1, (n,), np.float32) for key, n in (("a", 2), ("b", 3))})
 
 
-def agent(kind):
-    env = environments(2, (lambda: BoxEnv(DICT)) if kind == "dict" else BoxEnv, normalize=kind == "normalized")
+def agent(kind, n_envs=2):
+    env = environments(n_envs, (lambda: BoxEnv(DICT)) if kind == "dict" else BoxEnv, normalize=kind == "normalized")
     n_steps = {"n_steps": 3} if kind == "n-step" else {}
     policy = "MultiInputPolicy" if kind == "dict" else "MlpPolicy"
     return FastSAC(policy, env, learning_starts=10**6, buffer_size=500, seed=0, device="cpu", **n_steps).learn(100)
@@ -43,6 +43,29 @@ def test_the_same_rows_as_one_by_one(kind):
     assert (together[0].discounts is None) == (kind != "n-step")
     for actual, wanted in zip(together, expected, strict=True):
         assert_same(rows(actual), rows(wanted))
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("kind", ["plain", "dict", "n-step", "normalized"])
+def test_what_is_served_is_what_as_many_calls_of_sample_draw(kind, n_envs, monkeypatch):
+    model = agent(kind, n_envs)
+    buffer, env = model.replay_buffer, model._vec_normalize_env
+    np.random.seed(0)
+    expected = [buffer.sample(8, env=env) for _ in range(STEPS_AHEAD + 2)]
+    next_draw = np.random.rand()
+    calls = []
+    sample = buffer.sample
+    monkeypatch.setattr(buffer, "sample", lambda n, env: (calls.append(n), sample(n, env=env))[1])
+    np.random.seed(0)
+    served = list(minibatches(buffer, STEPS_AHEAD + 2, 8, env))
+    assert np.random.rand() == next_draw
+    assert len(served) == len(expected)
+    assert type(served[0]) is type(expected[0])
+    for actual, wanted in zip(served, expected, strict=True):
+        assert_same(rows(actual), rows(wanted))
+    # Two environments are drawn beside the rows, and other buffers draw as they like.
+    at_once = n_envs == 1 and kind in ("plain", "normalized")
+    assert calls == ([8 * STEPS_AHEAD, 16] if at_once else [8] * (STEPS_AHEAD + 2))
 
 
 def test_many_are_sent_in_parts_and_the_buffer_stays_on_its_device():

@@ -1,5 +1,6 @@
-"""Products by oneDNN are torch's up to rounding, alone and in compiled programs."""
+"""Products that are computed in another way are torch's up to rounding, alone and in compiled programs."""
 
+import re
 import warnings
 from collections.abc import Callable
 
@@ -16,6 +17,21 @@ pytestmark = pytest.mark.skipif(not th.backends.mkldnn.is_available(), reason="t
 def faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """On any processor."""
     monkeypatch.setattr(products, "outruns_torch", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", False),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\n", False),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 27\nmodel\t\t: 1\n", False),
+        ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", True),
+        ("arm", False),
+    ],
+)
+def test_processors_with_wide_units(processor, expected):
+    assert products.has_wide_units(processor) == expected
 
 
 def test_a_processor_that_oneDNN_does_not_suit_keeps_torchs(monkeypatch):
@@ -66,6 +82,47 @@ def test_a_compiled_program_and_its_gradients(faster):
     # Two forward, one for the gradient of tanh's, two for those of the weights.
     assert code.count("torch.ops.sb3_mismatch.product.default(") == 5
     assert "extern_kernels.addmm" not in code
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any processor."""
+    monkeypatch.setattr(products, "outruns_torch", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(32, 1, 16), (32, 16, 1), (1, 16, 32), (1, 1, 5), (1, 16, 1), (5, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("each", [(), (3,)], ids=["one", "batch"])
+def test_a_thin_product_is_no_product(by_torch, each, n, k, m):
+    a, b = th.randn(*each, n, k), th.randn(*each, k, m)
+    result, code = compiled(th.matmul, a, b)
+    assert_close(result, a @ b)
+    assert not re.search(r"extern_kernels\.\w+\(", code)
+    # The gradients of a layer read their operands by columns.
+    result, code = compiled(lambda a, b: a.mT @ b.mT, b, a)
+    assert_close(result, b.mT @ a.mT)
+    assert not re.search(r"extern_kernels\.\w+\(", code)
+
+
+@pytest.mark.parametrize("each", [(), (3,)], ids=["one", "batch"])
+def test_a_layer_and_its_gradients(by_torch, each):
+    x, weight, bias = th.randn(*each, 64, 5), th.randn(*each, 32, 5), th.randn(*each, 1, 32)
+
+    def gradient(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> tuple[th.Tensor, ...]:
+        layer = th.baddbmm if each else th.addmm
+        return th.func.grad(lambda *args: th.relu(layer(args[2], args[0], args[1].mT)).sum(), argnums=(0, 1, 2))(
+            x, weight, bias
+        )
+
+    with th.no_grad():
+        result, code = compiled(gradient, x, weight, bias)
+        assert_close(result, gradient(x, weight, bias))
+    # The bias is added where ReLU is taken.
+    product = "extern_kernels.bmm" if each else "extern_kernels.mm"
+    assert code.count(f"{product}(") == 3
+    assert "addbmm" not in code
+    assert "addmm" not in code
 
 
 @pytest.mark.parametrize("bias", [th.randn(120), th.randn(200, 120), th.randn(200, 1)])
