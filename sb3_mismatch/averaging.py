@@ -48,13 +48,6 @@ class Average:
         floats = [i for i, x in enumerate(mine) if x.is_floating_point()]
         th._foreach_lerp_([mine[i] for i in floats], [its[i] for i in floats], weight)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"actor": self.actor.state_dict(), "n_taken": self.n_taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.actor.load_state_dict(state["actor"])
-        self.n_taken = state["n_taken"]
-
 
 class Averaged(OffPolicyAlgorithm):
     """An algorithm whose :meth:`predict` is its average actor's under ``average_steps`` above 0."""
@@ -110,6 +103,18 @@ class Averaged(OffPolicyAlgorithm):
         """SB3's ``set_parameters``. The average begins anew."""
         super().set_parameters(load_path_or_dict, exact_match, device)
         self._begin_average()
+
+    def _learner(self) -> dict[str, Any]:
+        """What a saved :attr:`deployed_policy` lacks."""
+        assert self._average is not None
+        return {"actor": self.policy.actor.state_dict(), "n_taken": self._average.n_taken}  # type: ignore[union-attr]
+
+    def _go_on_from(self, learner: dict[str, Any] | None) -> None:
+        """With the parameters of a deployed policy set, put its learner back; ``None``: it is the learner's own."""
+        if learner is not None:
+            self.policy.actor.load_state_dict(learner["actor"])  # type: ignore[union-attr]
+            if self._average is not None:
+                self._average.n_taken = learner["n_taken"]
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_average", "_is_rolling"]

@@ -15,7 +15,6 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_mismatch.averaging import Averaged
 from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, random_states, real_transitions
 from sb3_mismatch.expansion import Expanding
 from sb3_mismatch.figures import show_world
@@ -38,7 +37,7 @@ FEWEST_ROWS = 256
 RANDOM_STEPS_EACH, MOST_RANDOM_STEPS = 40, 1000
 
 
-class ModelBased(Guarded, SavedWithWorld, Imagining, Averaged):
+class ModelBased(Guarded, SavedWithWorld, Imagining):
     """
     Gives an off-policy actor-critic of SB3 a learned world. Mixed in before the algorithm:
     ``class MnM(ModelBased, FastSAC)``.

@@ -3,8 +3,9 @@ The zip: SAC's members, and the learned world beside them.
 
 ``SAC.load`` reads every ``*.pth`` member as a part of SAC and stops at one that it does not know, and it unpickles all
 of ``data``. So the world's members are named ``world/*.pt``, and a user's objective and functions, which may need this
-package or the user's, are pickled as ``world/*.pkl``. Nothing is unpickled before the whole zip is known to be what was
-written (:mod:`sb3_mismatch.files`).
+package or the user's, are pickled as ``world/*.pkl``. The policy in ``policy.pth`` is the deployed one, which SAC is to
+play as well; the actor that learns stands in ``learner.pt``. Nothing is unpickled before the whole zip is known to be
+what was written (:mod:`sb3_mismatch.files`).
 """
 
 import io
@@ -23,7 +24,7 @@ from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import get_device
 
 from sb3_mismatch import sharing
-from sb3_mismatch.averaging import Average
+from sb3_mismatch.averaging import Averaged
 from sb3_mismatch.checkpoints import Checkpointed
 from sb3_mismatch.files import check_zip, sealed, written
 from sb3_mismatch.randomness import RandomStreams
@@ -37,15 +38,14 @@ Path = str | pathlib.Path | io.BufferedIOBase
 PICKLED = ("objective", "termination_fn", "reward_fn")
 
 _STATE = "world/state.pt"
-_AVERAGE = "average.pt"
+_POLICY, _LEARNER = "policy.pth", "learner.pt"
 
 
-class SavedWithWorld(Checkpointed):
+class SavedWithWorld(Averaged, Checkpointed):
     """Saves and loads ``world`` with the base algorithm, whose own class can open the zip too."""
 
     world: World
     _streams: RandomStreams
-    _average: Average | None
     _fitted_at: int | None
 
     def save(self, path: Path, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
@@ -63,7 +63,8 @@ class SavedWithWorld(Checkpointed):
         if "world" not in exclude:
             members[_STATE] = _tensors({"streams": self._streams.state_dict()})
         if self._average is not None:
-            members[_AVERAGE] = _tensors(self._average.state_dict())
+            members[_POLICY] = _tensors(self.deployed_policy.state_dict())
+            members[_LEARNER] = _tensors(self._learner())
         archive = io.BytesIO()
         super().save(archive, [*exclude, *pickled], include)
         contents = sealed(_set_world_apart(archive, members))
@@ -128,8 +129,7 @@ class SavedWithWorld(Checkpointed):
                 **{**settings, **replaced, **kwargs},
             )
             model.set_parameters({**model.get_parameters(), **saved.parameters})  # type: ignore[dict-item]
-            if saved.average is not None and model._average is not None:
-                model._average.load_state_dict(saved.average)
+            model._go_on_from(saved.learner)
         except (AttributeError, KeyError, RuntimeError) as error:
             if not kwargs:
                 raise ValueError(
@@ -153,16 +153,19 @@ class SavedWithWorld(Checkpointed):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """SB3's ``set_parameters``. Parameters that hold nothing of the world leave it as it is."""
+        learner = None
         if isinstance(load_path_or_dict, dict):
             parameters: dict[str, Any] = load_path_or_dict
         else:
             archive = _checked(load_path_or_dict, type(self))
-            world = _read_world(archive, get_device(device)).parameters
-            parameters = {**world, **load_from_zip_file(archive, load_data=False, device=device)[1]}
+            saved = _read_world(archive, get_device(device))
+            parameters = {**saved.parameters, **load_from_zip_file(archive, load_data=False, device=device)[1]}
+            learner = saved.learner
         if not any(name.startswith("world.") for name in parameters):
             world = {name: value for name, value in self.get_parameters().items() if name.startswith("world.")}
             parameters = {**world, **parameters}
         super().set_parameters(parameters, exact_match, device)
+        self._go_on_from(learner)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts, variables = super()._get_torch_save_params()
@@ -178,13 +181,13 @@ class _SavedWorld(NamedTuple):
 
     :param parameters: the world's state dicts by the names of ``get_parameters``
     :param state: where its streams stood; ``None`` where there is no world
-    :param average: of the average actor; ``None`` where there is none
+    :param learner: the actor that learns (:class:`~sb3_mismatch.averaging.Averaged`); ``None``: that of the policy
     :param pickles: settings, pickled, by name
     """
 
     parameters: dict[str, Any]
     state: dict[str, Any] | None
-    average: dict[str, Any] | None
+    learner: dict[str, Any] | None
     pickles: dict[str, bytes]
 
     def settings(self, skip: Iterable[str]) -> dict[str, Any]:
@@ -208,11 +211,14 @@ def _tensors(state: dict[str, Any]) -> bytes:
 def _set_world_apart(archive: io.BytesIO, members: Mapping[str, bytes]) -> bytes:
     """
     Turn a zip in which the world's state dicts are members like SAC's (``world.dynamics.pth``) into one in which
-    they stand apart (``world/dynamics.pt``) beside ``members``; where these hold no state, they are left out.
+    they stand apart (``world/dynamics.pt``) beside ``members``, which go before its own; where these hold no state,
+    they are left out.
     """
     out = io.BytesIO()
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(out, "w") as target:
         for name in source.namelist():
+            if name in members:
+                continue
             if not name.startswith("world."):
                 target.writestr(name, source.read(name))
             elif _STATE in members:
@@ -262,16 +268,16 @@ def _read_world(file: io.BytesIO, device: th.device) -> _SavedWorld:
     """What a zip holds beside the base algorithm."""
     with zipfile.ZipFile(file) as archive:
         members = {
-            name: archive.read(name) for name in archive.namelist() if name.startswith("world/") or name == _AVERAGE
+            name: archive.read(name) for name in archive.namelist() if name.startswith("world/") or name == _LEARNER
         }
     pickles = {pathlib.PurePath(name).stem: members.pop(name) for name in list(members) if name.endswith(".pkl")}
     tensors = {
         name: th.load(io.BytesIO(contents), map_location=device, weights_only=True)
         for name, contents in members.items()
     }
-    state, average = tensors.pop(_STATE, None), tensors.pop(_AVERAGE, None)
+    state, learner = tensors.pop(_STATE, None), tensors.pop(_LEARNER, None)
     parameters = {name.replace("world/", "world.").removesuffix(".pt"): value for name, value in tensors.items()}
-    return _SavedWorld(parameters, state, average, pickles)
+    return _SavedWorld(parameters, state, learner, pickles)
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def everything(model):
         "episodes": [(info["r"], info["l"]) for info in model.ep_info_buffer],
         "counters": [model._episode_num, model._fitted_at, model._n_updates, model._current_progress_remaining],
         "place": [model.replay_buffer.pos, model.replay_buffer.full],
-        "average": None if model._average is None else model._average.state_dict(),
+        "average": None if model._average is None else model._average.actor.state_dict(),
+        "averaged": None if model._average is None else model._average.n_taken,
     }
 
 
