@@ -270,12 +270,18 @@ class Dynamics(nn.Module):
 
         It ends where the state leaves the healthy range, or for what the end-of-episode heads have seen beside that.
         """
-        logits = self.end(self.foretold * self.next_observations.transform(next_observations))
+        logits = self.end(self._seen_by_end(next_observations))
         return self.healthy_range.log_survival(next_observations) + F.logsigmoid(-logits)
+
+    def _seen_by_end(self, next_observations: th.Tensor) -> th.Tensor:
+        """s' as the end-of-episode heads take it."""
+        return self.foretold * self.next_observations.transform(next_observations)
 
     def end_probability(self, next_observations: th.Tensor) -> th.Tensor:
         """Mean over the members of the probability that the episode ends at s': (N, obs_dim) -> (N, 1)."""
-        return 1 - self.log_survival(next_observations.expand(self.n_members, -1, -1)).exp().mean(dim=0)
+        logits = self.end(self._seen_by_end(next_observations).expand(self.n_members, -1, -1))
+        # The range is every member's.
+        return 1 - self.healthy_range.log_survival(next_observations).exp() * th.sigmoid(-logits).mean(dim=0)
 
     def rsample(
         self,
