@@ -47,8 +47,14 @@ def outruns_torch() -> bool:
     """Whether oneDNN is the faster one at large products on this machine's processor."""
     if not th.backends.mkldnn.is_available() or th.backends.cpu.get_cpu_capability() != "AVX512":
         return False
+    return has_wide_units(processor())
+
+
+@cache
+def processor() -> str:
+    """What Linux or Windows tells of this machine's first processor."""
     told = Path("/proc/cpuinfo")
-    return has_wide_units(told.read_text() if told.exists() else platform.processor())
+    return told.read_text().split("\n\n")[0] if told.exists() else platform.processor()
 
 
 def has_wide_units(processor: str) -> bool:

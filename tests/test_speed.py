@@ -198,3 +198,12 @@ def test_contestants_are_on_the_device(monkeypatch):
     monkeypatch.setattr(speed, "Contestant", lambda *args: settings.append(args[3]))
     Speed(Plan(), 1, device="cuda").start(["sac"], {"env": "HalfCheetah-v5"})
     assert settings == [{"device": "cuda", "env": "HalfCheetah-v5"}]
+
+
+def test_the_processor_is_named():
+    told = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    assert speed.processor_name(told) == "AMD EPYC, family 25, model 17"
+    assert speed.processor_name("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD") == (
+        "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD"
+    )
+    assert speed.processor_name(" ") == ""

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import torch as th
 
 from sb3_mismatch.benchmarks import contestants
+from sb3_mismatch.products import processor
 
 SCRIPT = Path(contestants.__file__)
 #: the library that a peer needs
@@ -307,7 +309,7 @@ def machine(threads: int, device: str) -> dict[str, Any]:
     """What it ran on."""
     packages = ("sb3-mismatch", "torch", "stable-baselines3", "numpy")
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(processor()) or platform.machine(),
         "cpus": os.cpu_count(),
         "threads": threads,
         "device": device,
@@ -317,6 +319,13 @@ def machine(threads: int, device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
+
+
+def processor_name(told: str) -> str:
+    """Name, family and model as Linux tells them, or what else is told, in one line."""
+    lines = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", told, re.MULTILINE))
+    words = {"model name": "", "cpu family": "family ", "model": "model "}
+    return ", ".join(word + lines[kind] for kind, word in words.items() if kind in lines) or told.strip()
 
 
 # -- the report --
