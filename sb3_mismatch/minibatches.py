@@ -29,8 +29,9 @@ def minibatches(
             yield from sent(drawn_on_host(buffer, n_steps, batch_size, env), device)
         elif draws_alike_at_once(buffer):
             drawn = buffer.sample(n_steps * batch_size, env=env)
-            for i in range(0, len(drawn.rewards), batch_size):
-                yield tree_map(lambda x: None if x is None else x[i : i + batch_size], drawn)  # noqa: B023
+            for i in range(n_steps):
+                rows = slice(i * batch_size, (i + 1) * batch_size)
+                yield tree_map(lambda x: None if x is None else x[rows], drawn)  # noqa: B023
         else:
             for _ in range(n_steps):
                 yield buffer.sample(batch_size, env=env)

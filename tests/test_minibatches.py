@@ -45,6 +45,11 @@ def test_the_same_rows_as_one_by_one(kind):
         assert_same(rows(actual), rows(wanted))
 
 
+def test_minibatches_without_rows():
+    served = list(minibatches(agent("plain", 1).replay_buffer, 3, 0))
+    assert [batch.observations.shape for batch in served] == [(0, 3)] * 3
+
+
 @pytest.mark.parametrize("n_envs", [1, 2])
 @pytest.mark.parametrize("kind", ["plain", "dict", "n-step", "normalized"])
 def test_what_is_served_is_what_as_many_calls_of_sample_draw(kind, n_envs, monkeypatch):

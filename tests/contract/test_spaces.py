@@ -184,7 +184,7 @@ def test_b10_predict_is_deterministic_in_evaluation_mode():
     model = learned(BoxEnv(), 60, policy_kwargs=policy_kwargs)
     observation = np.ones((1, 3), np.float32)
     assert_same(model.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0])
-    assert not model.policy.training
+    assert not model.deployed_policy.actor.training
 
 
 def test_b11_a_policy_class_in_place_of_its_name():
