@@ -1,6 +1,7 @@
 """SAC whose critics and actor look ahead in a learned world."""
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch as th
@@ -94,7 +95,8 @@ class Expanding(FastSAC):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """FastSAC's, a share of whose minibatches are imagined states."""
         self._starts_each = self._n_starts(batch_size) if self._expands else 0
-        super().train(gradient_steps, batch_size - self._starts_each)
+        with self._standardising():
+            super().train(gradient_steps, batch_size - self._starts_each)
 
     def _plain_steps(self, gradient_steps: int, batch_size: int) -> list[Losses]:
         losses = super()._plain_steps(gradient_steps, batch_size)
@@ -108,6 +110,7 @@ class Expanding(FastSAC):
         return losses
 
     def _update(self, batch: ReplayBufferSamples) -> Losses:
+        batch = self._standardised(batch)
         losses = super()._update(batch) if self._starts_each == 0 else self._update_ahead(batch)
         # The log tells the temperature in the units of the rewards.
         return losses._replace(ent_coef=losses.ent_coef * (self._unit or 1.0))
@@ -151,6 +154,14 @@ class Expanding(FastSAC):
         """Raw flat states as the policy takes them."""
         raise NotImplementedError
 
+    def _standardising(self) -> AbstractContextManager[None]:
+        """While it lasts, actor and critics take standardised observations."""
+        raise NotImplementedError
+
+    def _standardised(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
+        """Real rows as the networks take them while they train."""
+        raise NotImplementedError
+
     # -- the compiled form --
 
     def _drawn_starts(self, n: int, drawn: bool = True) -> Starts:
@@ -167,7 +178,7 @@ class Expanding(FastSAC):
         return super()._uncovered()
 
     def _rows(self, batch: ReplayBufferSamples) -> Rows:
-        rows = super()._rows(batch)
+        rows = super()._rows(self._standardised(batch))
         return rows if self._starts_each == 0 else rows._replace(starts=self._drawn_starts(self._starts_each))
 
     def _sizes(self, n: int) -> Sizes:

@@ -10,7 +10,9 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import is_vectorized_observation
+from torch.utils._pytree import tree_map
 
 from sb3_mismatch.buffers import MixedReplayBuffer, latest_episodes, real_transitions
 from sb3_mismatch.compiled import Ahead, Starts
@@ -29,6 +31,7 @@ from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_off
 from sb3_mismatch.observations import Normalization, Observations, TensorObservations
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.settings import WEIGHTS, check_count
+from sb3_mismatch.standardising import first_layers, least, standardised
 from sb3_mismatch.world import World
 from sb3_mismatch.world_env import FORMS, ImaginedEpisodes
 
@@ -57,6 +60,8 @@ class Imagining(OffPolicyAlgorithm):
     _highest_value: float
     _starts_each: int = 0
     _kept_normalization: Normalization | None = None
+    #: while the networks take standardised observations, by what
+    _standard: Normalization | None = None
 
     # -- for people --
 
@@ -262,6 +267,40 @@ class Imagining(OffPolicyAlgorithm):
             yield
         finally:
             self._kept_normalization = None
+
+    @contextmanager
+    def _standardising(self) -> Iterator[None]:
+        """While it lasts, actor and critics take standardised observations, unless VecNormalize sees to that."""
+        env, before = self._vec_normalize_env, self._normalization()
+        knows = self._expands and self._fitted_at is not None and (env is None or not env.norm_obs)
+        layers = first_layers((self.actor, self.critic, self.critic_target)) if knows else []  # type: ignore[attr-defined]
+        if not layers:
+            yield
+            return
+        inputs, dim = self.world.dynamics.inputs, self.world.observations.dim
+        mean = inputs.mean[:dim]
+        std = least(mean, inputs.std[:dim])
+        scale = before or Normalization(mean, std, th.full_like(mean, math.inf), 1.0, math.inf)
+        self._kept_normalization = self._standard = replace(scale, mean=mean, std=std)
+        try:
+            with standardised(layers, mean, std):
+                yield
+        finally:
+            self._kept_normalization, self._standard = before, None
+
+    def _standardised(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
+        """Real rows as the networks take them while they train."""
+        scale, flat = self._standard, self.world.observations
+        if scale is None:
+            return batch
+        mean, std = (flat.unflatten(x.unsqueeze(0)) for x in (scale.mean, scale.std))
+
+        def standard(observations: Any) -> Any:
+            return tree_map(lambda x, mean, std: (x - mean) / std, observations, mean, std)
+
+        return batch._replace(
+            observations=standard(batch.observations), next_observations=standard(batch.next_observations)
+        )
 
     def _seen(self, flat: th.Tensor) -> TensorObservations:
         """Raw flat observations (n, dim) as the policy takes them: normalised, in the space's shape."""
