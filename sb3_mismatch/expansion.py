@@ -110,7 +110,7 @@ class Expanding(FastSAC):
         return losses
 
     def _update(self, batch: ReplayBufferSamples) -> Losses:
-        batch = self._standardised(batch)
+        batch = self._standard_rows(batch)
         losses = super()._update(batch) if self._starts_each == 0 else self._update_ahead(batch)
         # The log tells the temperature in the units of the rewards.
         return losses._replace(ent_coef=losses.ent_coef * (self._unit or 1.0))
@@ -158,7 +158,7 @@ class Expanding(FastSAC):
         """While it lasts, actor and critics take standardised observations."""
         raise NotImplementedError
 
-    def _standardised(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
+    def _standard_rows(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
         """Real rows as the networks take them while they train."""
         raise NotImplementedError
 
@@ -178,7 +178,7 @@ class Expanding(FastSAC):
         return super()._uncovered()
 
     def _rows(self, batch: ReplayBufferSamples) -> Rows:
-        rows = super()._rows(self._standardised(batch))
+        rows = super()._rows(self._standard_rows(batch))
         return rows if self._starts_each == 0 else rows._replace(starts=self._drawn_starts(self._starts_each))
 
     def _sizes(self, n: int) -> Sizes:

@@ -61,7 +61,7 @@ class Imagining(OffPolicyAlgorithm):
     _starts_each: int = 0
     _kept_normalization: Normalization | None = None
     #: while the networks take standardised observations, by what
-    _standard: Normalization | None = None
+    _scale: Normalization | None = None
 
     # -- for people --
 
@@ -281,16 +281,16 @@ class Imagining(OffPolicyAlgorithm):
         mean = inputs.mean[:dim]
         std = least(mean, inputs.std[:dim])
         scale = before or Normalization(mean, std, th.full_like(mean, math.inf), 1.0, math.inf)
-        self._kept_normalization = self._standard = replace(scale, mean=mean, std=std)
+        self._kept_normalization = self._scale = replace(scale, mean=mean, std=std)
         try:
             with standardised(layers, mean, std):
                 yield
         finally:
-            self._kept_normalization, self._standard = before, None
+            self._kept_normalization, self._scale = before, None
 
-    def _standardised(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
+    def _standard_rows(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
         """Real rows as the networks take them while they train."""
-        scale, flat = self._standard, self.world.observations
+        scale, flat = self._scale, self.world.observations
         if scale is None:
             return batch
         mean, std = (flat.unflatten(x.unsqueeze(0)) for x in (scale.mean, scale.std))
