@@ -31,6 +31,7 @@ from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 from sb3_mismatch.objectives import Objective, Payment
 from sb3_mismatch.products import faster_products
 from sb3_mismatch.replaying import Replayed
+from sb3_mismatch.standardising import Scale, raw, standard, standard_gradient
 
 #: what an activation without parameters computes
 ACTIVATIONS: dict[type[nn.Module], Callable[[th.Tensor], th.Tensor]] = {
@@ -115,6 +116,7 @@ class Starts(NamedTuple):
     :param world_noise: standard normal, (h, K, m / K, obs_dim + 1): of the dynamics
     :param mean, std, clip: of observations, (obs_dim,)
     :param reward_std, clip_reward: of rewards, scalars
+    :param scale: of observations and actions, in which the critics learn
     """
 
     states: th.Tensor
@@ -125,6 +127,7 @@ class Starts(NamedTuple):
     clip: th.Tensor
     reward_std: th.Tensor
     clip_reward: th.Tensor
+    scale: Scale
 
 
 class Rows(NamedTuple):
@@ -256,13 +259,27 @@ def temperature_step(
 
 
 def critic_step(
-    spec: Spec, critic: Learner, loss: Callable[[Weights], th.Tensor], numbers: Numbers
+    spec: Spec, critic: Learner, loss: Callable[[Weights], th.Tensor], numbers: Numbers, inputs: Scale | None = None
 ) -> tuple[Learner, th.Tensor, th.Tensor]:
-    """Descend ``loss``: the critics after it, the loss, the gradients dropped."""
+    """
+    Descend ``loss``: the critics after it, the loss, the gradients dropped.
+
+    :param inputs: of the critics, in which the step is taken; ``None``: as they are
+    """
     gradients, value = th.func.grad_and_value(loss)(critic.weights)
+
+    def of_first_layers(weights: Weights, form: Callable[..., tuple[th.Tensor, th.Tensor]]) -> list[th.Tensor]:
+        formed = list(weights)
+        if inputs is not None:
+            for i in range(0, len(formed), len(formed) // spec.n_critics):
+                formed[i : i + 2] = form(*formed[i : i + 2], inputs)
+        return formed
+
+    gradients = of_first_layers(gradients, standard_gradient)
+    critic = critic._replace(weights=of_first_layers(critic.weights, standard))
     rate, scale = numbers.critic_rate, numbers.critic_scale
     after, dropped = descend(critic, gradients, value, rate, scale, spec.momenta[1], numbers.largest)
-    return after, value, dropped
+    return after._replace(weights=of_first_layers(after.weights, raw)), value, dropped
 
 
 def actor_step(
@@ -375,7 +392,7 @@ def update_ahead(
         real = squared_error(values(spec, weights, rows.observations, rows.actions), real_targets)
         return (n * imagined + n_real * real) / (n + n_real)
 
-    critic, loss_of_critic, dropped_1 = critic_step(spec, state.critic, critic_loss, numbers)
+    critic, loss_of_critic, dropped_1 = critic_step(spec, state.critic, critic_loss, numbers, starts.scale)
     gradient, actor_loss = th.func.grad_and_value(lambda path: -value(critic.weights, path).mean())(climbed)
     actor, dropped_2 = actor_step(spec, state.actor, policy_gradient(gradient)[0], actor_loss, numbers)
 

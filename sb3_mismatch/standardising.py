@@ -1,15 +1,15 @@
 """
-Actor and critics that learn on standardised observations and are kept for raw ones.
+Critics that see raw observations and learn as if those were standardised.
 
-The layer W x + b of an observation x is the layer (W σ) z + (b + W μ) of z = (x - μ) / σ. While an agent trains, the
-first layers of its networks are of the latter form: a step of Adam changes each weight by about as much, and what a
-weight of a raw angle and one of a raw velocity are worth may be a hundred to one. Before and after, they are those
-that SB3 knows: they say the same of the same observation, whatever μ and σ have become meanwhile.
+The layer W x + b of an observation x is the layer (W σ) z + (b + W μ) of z = (x - μ) / σ, and a step of the optimizer
+is taken on the weights of the latter: Adam changes each weight by about as much, and what a weight of a raw angle and
+one of a raw velocity are worth may be a hundred to one. Before and after the step the layer is one of raw observations:
+it says the same of the same observation, whatever μ and σ have become meanwhile.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
@@ -19,44 +19,67 @@ from torch import nn
 LEAST_STD = 1e-3
 
 
-def first_layers(networks: Sequence[Any]) -> list[nn.Linear]:
-    """
-    Layers of SAC's actor and critics that see observations as they are, and actions behind them.
+class Scale(NamedTuple):
+    """μ and σ of a layer's inputs, each (in,)."""
 
-    None where there are others, as behind a features extractor of the user's own.
-    """
-    layers: list[Any] = []
-    for network in networks:
-        if type(network.features_extractor) not in (FlattenExtractor, CombinedExtractor):
-            return []
-        bodies = network.q_networks if hasattr(network, "q_networks") else [network.latent_pi]
-        layers += [body[0] for body in bodies if len(body) > 0]
-        if hasattr(network, "latent_pi") and len(network.latent_pi) == 0:
-            layers += [network.mu, network.log_std]
-    covered = all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
-    return layers if covered else []
+    mean: th.Tensor
+    std: th.Tensor
+
+
+def standard(weight: th.Tensor, bias: th.Tensor, scale: Scale) -> tuple[th.Tensor, th.Tensor]:
+    """W σ, b + W μ: of a layer of raw inputs, (out, in) and (out,), that of standardised ones."""
+    return weight * scale.std, bias + weight @ scale.mean
+
+
+def raw(weight: th.Tensor, bias: th.Tensor, scale: Scale) -> tuple[th.Tensor, th.Tensor]:
+    """The inverse of :func:`standard`."""
+    weight = weight / scale.std
+    return weight, bias - weight @ scale.mean
+
+
+def standard_gradient(weight: th.Tensor, bias: th.Tensor, scale: Scale) -> tuple[th.Tensor, th.Tensor]:
+    """(∂W - ∂b μ) / σ, ∂b: of gradients in a layer of raw inputs, those in :func:`standard`'s."""
+    return (weight - bias.unsqueeze(1) * scale.mean) / scale.std, bias
 
 
 def least(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
-    """``std`` where it is large enough to divide by, (dim,)."""
+    """``std`` where it is large enough to divide by, (in,)."""
     return std.maximum(LEAST_STD * (1 + mean.abs()))
 
 
-@contextmanager
-def standardised(layers: Sequence[nn.Linear], mean: th.Tensor, std: th.Tensor) -> Iterator[None]:
+def first_layers(critic: Any) -> list[nn.Linear]:
     """
-    While it lasts, ``layers`` are those of standardised observations.
+    Layers of SAC's critics that see observations as they are, and actions behind them.
 
-    :param mean, std: of observations, (dim,)
+    None where there are others, as behind a features extractor of the user's own.
     """
-    weights = [layer.weight.detach()[:, : len(mean)] for layer in layers]
-    biases = [layer.bias.detach() for layer in layers]
-    for weight, bias in zip(weights, biases, strict=True):
-        bias += weight @ mean
-        weight *= std
+    if type(critic.features_extractor) not in (FlattenExtractor, CombinedExtractor):
+        return []
+    layers = [network[0] for network in critic.q_networks]
+    return layers if all(type(layer) is nn.Linear and layer.bias is not None for layer in layers) else []
+
+
+@contextmanager
+def standardised(optimizer: th.optim.Optimizer, layers: Sequence[nn.Linear], scale: Scale) -> Iterator[None]:
+    """While it lasts, ``optimizer`` takes its steps on those forms of ``layers`` whose inputs are standardised."""
+
+    def replace(parts: Sequence[Any], form: Any) -> None:
+        with th.no_grad():
+            for old, new in zip(parts, form(*parts, scale), strict=True):
+                old.copy_(new)
+
+    def before(*_: Any) -> None:
+        for layer in layers:
+            replace((layer.weight.grad, layer.bias.grad), standard_gradient)
+            replace((layer.weight, layer.bias), standard)
+
+    def after(*_: Any) -> None:
+        for layer in layers:
+            replace((layer.weight, layer.bias), raw)
+
+    hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
     try:
         yield
     finally:
-        for weight, bias in zip(weights, biases, strict=True):
-            weight /= std
-            bias -= weight @ mean
+        for hook in hooks:
+            hook.remove()

@@ -201,10 +201,10 @@ def test_rows_and_expansion_of_the_same_seed_differ(monkeypatch):
 @pytest.mark.parametrize(
     ("objective", "novelty"), [("mbpo", -0.5), ("mnm-approx", 0.0), ("mnm-approx", 0.5), ("mnm", 0.0)]
 )
-@pytest.mark.parametrize("real_ratio", [0.0, 0.5])
-def test_compiled_is_plain(objective, novelty, real_ratio, uncompiled, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(("real_ratio", "normalize"), [(0.0, True), (0.5, True), (0.5, False)])
+def test_compiled_is_plain(objective, novelty, real_ratio, normalize, uncompiled, monkeypatch):  # noqa: F811
     soon(monkeypatch)
-    env = environments(2, BoxEnv, normalize=True)
+    env = environments(2, BoxEnv, normalize=normalize)
     settings = {"objective": objective, "novelty_weight": novelty, "real_ratio": real_ratio}
     model = trained(env, 160, **settings, reward_shift="auto", compile=False)
     if objective == "mbpo":
