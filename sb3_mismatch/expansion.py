@@ -30,6 +30,7 @@ class Expanding(FastSAC):
     """
 
     expansion: int
+    actor_learning_rate: float | None
     world: World
     _fitted_at: int | None
     termination_fn: TransitionFunction | None
@@ -96,6 +97,12 @@ class Expanding(FastSAC):
         """FastSAC's, a share of whose minibatches are imagined states."""
         self._starts_each = self._n_starts(batch_size) if self._expands else 0
         super().train(gradient_steps, batch_size - self._starts_each)
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        super()._update_learning_rate(optimizers)
+        if self._expands and self.actor_learning_rate is not None:
+            for group in self.actor.optimizer.param_groups:
+                group["lr"] = min(group["lr"], self.actor_learning_rate)
 
     def _plain_steps(self, gradient_steps: int, batch_size: int) -> list[Losses]:
         if self._starts_each == 0:
