@@ -183,6 +183,21 @@ def test_adam_is_calm_where_gradients_are_small_unless_it_is_told_otherwise():
     assert "eps" not in MnM("MlpPolicy", BoxEnv(), **small(policy_kwargs=without)).actor.optimizer.param_groups[0]
 
 
+def test_the_actors_learning_rate_is_bounded(monkeypatch):
+    soon(monkeypatch)
+
+    def rates(**settings):
+        model = trained(BoxEnv(), 100, **settings)
+        parts = (model.actor, model.critic)
+        return [group["lr"] for part in parts for group in part.optimizer.param_groups]
+
+    assert rates(learning_rate=2e-3) == [3e-4, 2e-3]
+    assert rates(learning_rate=1e-4) == [1e-4, 1e-4]
+    assert rates(learning_rate=2e-3, actor_learning_rate=1e-3) == [1e-3, 2e-3]
+    for settings in ({"actor_learning_rate": None}, {"expansion": 0}, {"real_ratio": 1.0}):
+        assert rates(learning_rate=2e-3, **settings) == [2e-3, 2e-3]
+
+
 @pytest.mark.parametrize("settings", [{"expansion": 5, "real_ratio": 1.0}, {"expansion": 0, "real_ratio": 1.0}])
 def test_real_rows_alone_are_sacs(settings, monkeypatch):
     soon(monkeypatch)
