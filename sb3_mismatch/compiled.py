@@ -116,7 +116,7 @@ class Starts(NamedTuple):
     :param world_noise: standard normal, (h, K, m / K, obs_dim + 1): of the dynamics
     :param mean, std, clip: of observations, (obs_dim,)
     :param reward_std, clip_reward: of rewards, scalars
-    :param scale: of observations and actions, in which the critics learn
+    :param scale: of observations and actions, in which actor and critics learn
     """
 
     states: th.Tensor
@@ -243,6 +243,29 @@ def descend(
     return after, (~sound & loss.isfinite()).float()
 
 
+def descend_in(
+    inputs: Scale | None, firsts: Sequence[int], learner: Learner, gradients: Weights, *rest: Any
+) -> tuple[Learner, th.Tensor]:
+    """
+    :func:`descend` in standardised inputs (:mod:`sb3_mismatch.standardising`).
+
+    :param inputs: what they are standardised by; ``None``: they are taken as they are
+    :param firsts: where the weights, and behind each the bias, of layers stand that see them
+    """
+    if inputs is None:
+        return descend(learner, gradients, *rest)
+
+    def formed(weights: Weights, form: Callable[..., tuple[th.Tensor, th.Tensor]]) -> list[th.Tensor]:
+        weights = list(weights)
+        for i in firsts:
+            weights[i : i + 2] = form(*weights[i : i + 2], inputs)
+        return weights
+
+    standardised = learner._replace(weights=formed(learner.weights, standard))
+    after, dropped = descend(standardised, formed(gradients, standard_gradient), *rest)
+    return after._replace(weights=formed(after.weights, raw)), dropped
+
+
 def temperature_step(
     spec: Spec, temperature: Learner, log_prob: th.Tensor, numbers: Numbers
 ) -> tuple[Learner, th.Tensor, th.Tensor, th.Tensor]:
@@ -261,33 +284,22 @@ def temperature_step(
 def critic_step(
     spec: Spec, critic: Learner, loss: Callable[[Weights], th.Tensor], numbers: Numbers, inputs: Scale | None = None
 ) -> tuple[Learner, th.Tensor, th.Tensor]:
-    """
-    Descend ``loss``: the critics after it, the loss, the gradients dropped.
-
-    :param inputs: of the critics, in which the step is taken; ``None``: as they are
-    """
+    """Descend ``loss``, in ``inputs`` where they are given: the critics after it, the loss, the gradients dropped."""
     gradients, value = th.func.grad_and_value(loss)(critic.weights)
-
-    def of_first_layers(weights: Weights, form: Callable[..., tuple[th.Tensor, th.Tensor]]) -> list[th.Tensor]:
-        formed = list(weights)
-        if inputs is not None:
-            for i in range(0, len(formed), len(formed) // spec.n_critics):
-                formed[i : i + 2] = form(*formed[i : i + 2], inputs)
-        return formed
-
-    gradients = of_first_layers(gradients, standard_gradient)
-    critic = critic._replace(weights=of_first_layers(critic.weights, standard))
     rate, scale = numbers.critic_rate, numbers.critic_scale
-    after, dropped = descend(critic, gradients, value, rate, scale, spec.momenta[1], numbers.largest)
-    return after._replace(weights=of_first_layers(after.weights, raw)), value, dropped
+    firsts = range(0, len(critic.weights), len(critic.weights) // spec.n_critics)
+    after, dropped = descend_in(inputs, firsts, critic, gradients, value, rate, scale, spec.momenta[1], numbers.largest)
+    return after, value, dropped
 
 
 def actor_step(
-    spec: Spec, actor: Learner, gradients: Weights, loss: th.Tensor, numbers: Numbers
+    spec: Spec, actor: Learner, gradients: Weights, loss: th.Tensor, numbers: Numbers, inputs: Scale | None = None
 ) -> tuple[Learner, th.Tensor]:
-    """Descend by ``gradients``: the actor after it, the gradients dropped."""
+    """Descend by ``gradients``, in ``inputs`` where they are given: the actor after it, the gradients dropped."""
     rate, scale = numbers.actor_rate, numbers.actor_scale
-    return descend(actor, gradients, loss, rate, scale, spec.momenta[2], numbers.largest)
+    # Without a body its two heads come first.
+    firsts = (0,) if nn.Linear in spec.actor else (0, 2)
+    return descend_in(inputs, firsts, actor, gradients, loss, rate, scale, spec.momenta[2], numbers.largest)
 
 
 def one_step_targets(spec: Spec, state: State, rows: Rows, ent_coef: th.Tensor) -> th.Tensor:
@@ -394,7 +406,8 @@ def update_ahead(
 
     critic, loss_of_critic, dropped_1 = critic_step(spec, state.critic, critic_loss, numbers, starts.scale)
     gradient, actor_loss = th.func.grad_and_value(lambda path: -value(critic.weights, path).mean())(climbed)
-    actor, dropped_2 = actor_step(spec, state.actor, policy_gradient(gradient)[0], actor_loss, numbers)
+    gradients = policy_gradient(gradient)[0]
+    actor, dropped_2 = actor_step(spec, state.actor, gradients, actor_loss, numbers, starts.scale)
 
     after = State(temperature, critic, actor, polyak(state.target, critic.weights, numbers.tau))
     return after, th.stack([ent_coef, ent_coef_loss, loss_of_critic, actor_loss, dropped_0 + dropped_1 + dropped_2])

@@ -107,7 +107,11 @@ class Expanding(FastSAC):
     def _plain_steps(self, gradient_steps: int, batch_size: int) -> list[Losses]:
         if self._starts_each == 0:
             return super()._plain_steps(gradient_steps, batch_size)
-        with standardised(self.critic.optimizer, first_layers(self.critic), self._scale()):
+        scale = self._scale()
+        with (
+            standardised(self.actor.optimizer, first_layers(self.actor), scale),
+            standardised(self.critic.optimizer, first_layers(self.critic), scale),
+        ):
             losses = super()._plain_steps(gradient_steps, batch_size)
         # The actor keeps its last distribution, and with it the path and its gradients.
         self.policy.set_training_mode(False)
@@ -162,7 +166,7 @@ class Expanding(FastSAC):
         raise NotImplementedError
 
     def _scale(self) -> Scale:
-        """Of observations and actions, in which the critics learn."""
+        """Of observations and actions, in which actor and critics learn."""
         raise NotImplementedError
 
     # -- the compiled form --

@@ -266,7 +266,7 @@ class Imagining(OffPolicyAlgorithm):
             self._kept_normalization = None
 
     def _scale(self) -> Scale:
-        """Of the critics' inputs, in which they learn; as they are where VecNormalize has seen to the observations."""
+        """Of what actor and critics see, in which they learn; as it is where VecNormalize normalises observations."""
         dim, n_actions = self.world.observations.dim, spaces.flatdim(self.action_space)
         env, inputs = self._vec_normalize_env, self.world.dynamics.inputs
         mean, std = inputs.mean[:dim], inputs.std[:dim]

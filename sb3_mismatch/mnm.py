@@ -394,8 +394,7 @@ class MnM(ModelBased, Expanding):
 
     # There is one update for each step, as in SAC: at SAC's own rates values rise too late (CrossQ's are 1e-3 as well).
     # A fall lies a hundred steps off where its cause is, which a gamma of 0.99 hardly sees (DHMBPO: 0.995).
-    # What has been learned is lost again where the policy moves on faster than its world follows: the rate falls, and
-    # the actor's is SAC's until then.
+    # What has been learned is lost again where the policy moves on faster than its world follows: the rate falls.
     base_defaults: ClassVar[dict[str, Any]] = {
         "learning_rate": LinearSchedule(1e-3, 1e-4, end_fraction=1.0),
         "tau": 0.02,
@@ -406,7 +405,7 @@ class MnM(ModelBased, Expanding):
         self,
         *args: Any,
         expansion: int = 5,
-        actor_learning_rate: float | None = 3e-4,
+        actor_learning_rate: float | None = None,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,

@@ -1,5 +1,5 @@
 """
-Critics that see raw observations and learn as if those were standardised.
+Actor and critics that see raw observations and learn as if those were standardised.
 
 The layer W x + b of an observation x is the layer (W σ) z + (b + W μ) of z = (x - μ) / σ, and a step of the optimizer
 is taken on the weights of the latter: Adam changes each weight by about as much, and what a weight of a raw angle and
@@ -20,26 +20,33 @@ LEAST_STD = 1e-3
 
 
 class Scale(NamedTuple):
-    """μ and σ of a layer's inputs, each (in,)."""
+    """μ and σ of observations and of the actions behind them, each (obs_dim + action_dim,)."""
 
     mean: th.Tensor
     std: th.Tensor
 
+    def of(self, weight: th.Tensor) -> "Scale":
+        """Of what a layer sees: an actor's no actions. Each (in,), of a weight (out, in)."""
+        return Scale(*(x[: weight.shape[1]] for x in self))
+
 
 def standard(weight: th.Tensor, bias: th.Tensor, scale: Scale) -> tuple[th.Tensor, th.Tensor]:
     """W σ, b + W μ: of a layer of raw inputs, (out, in) and (out,), that of standardised ones."""
-    return weight * scale.std, bias + weight @ scale.mean
+    mean, std = scale.of(weight)
+    return weight * std, bias + weight @ mean
 
 
 def raw(weight: th.Tensor, bias: th.Tensor, scale: Scale) -> tuple[th.Tensor, th.Tensor]:
     """The inverse of :func:`standard`."""
-    weight = weight / scale.std
-    return weight, bias - weight @ scale.mean
+    mean, std = scale.of(weight)
+    weight = weight / std
+    return weight, bias - weight @ mean
 
 
 def standard_gradient(weight: th.Tensor, bias: th.Tensor, scale: Scale) -> tuple[th.Tensor, th.Tensor]:
     """(∂W - ∂b μ) / σ, ∂b: of gradients in a layer of raw inputs, those in :func:`standard`'s."""
-    return (weight - bias.unsqueeze(1) * scale.mean) / scale.std, bias
+    mean, std = scale.of(weight)
+    return (weight - bias.unsqueeze(1) * mean) / std, bias
 
 
 def least(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
@@ -47,15 +54,16 @@ def least(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
     return std.maximum(LEAST_STD * (1 + mean.abs()))
 
 
-def first_layers(critic: Any) -> list[nn.Linear]:
+def first_layers(network: Any) -> list[nn.Linear]:
     """
-    Layers of SAC's critics that see observations as they are, and actions behind them.
+    Layers of SAC's actor or critics that see observations as they are, and actions behind them.
 
     None where there are others, as behind a features extractor of the user's own.
     """
-    if type(critic.features_extractor) not in (FlattenExtractor, CombinedExtractor):
+    if type(network.features_extractor) not in (FlattenExtractor, CombinedExtractor):
         return []
-    layers = [network[0] for network in critic.q_networks]
+    bodies = network.q_networks if hasattr(network, "q_networks") else [network.latent_pi]
+    layers = [body[0] for body in bodies] if all(map(len, bodies)) else [network.mu, network.log_std]
     return layers if all(type(layer) is nn.Linear and layer.bias is not None for layer in layers) else []
 
 
