@@ -1,4 +1,4 @@
-"""Critics that learn in standardised inputs: units do not matter, and SB3 finds the networks that it knows."""
+"""Networks that learn in standardised inputs: units do not matter, and SB3 finds the networks that it knows."""
 
 import copy
 
@@ -98,38 +98,43 @@ class OtherUnits(gym.ObservationWrapper):
         return (observation - MEAN.numpy()) / STD.numpy()
 
 
+def networks(model):
+    return model.actor, model.critic, model.critic_target
+
+
 def in_other_units(model):
     """A copy that has learned nothing, for :class:`OtherUnits`, and says there what ``model`` says."""
-    other = MnM("MlpPolicy", OtherUnits(BoxEnv()), **small(**LATER))
+    settings = {**LATER, "policy_kwargs": model.policy_kwargs}
+    other = MnM("MlpPolicy", OtherUnits(BoxEnv()), **small(**settings))
     other.policy.load_state_dict(model.policy.state_dict())
     with th.no_grad():
-        for layer in (*first_layers(other.critic), *first_layers(other.critic_target), other.actor.latent_pi[0]):
+        for layer in (layer for network in networks(other) for layer in first_layers(network)):
             layer.bias += layer.weight[:, :3] @ MEAN
             layer.weight[:, :3] *= STD
     return other
 
 
-def values(model, observations, actions):
+def told(model, observations):
+    """What all networks say of observations."""
     with th.no_grad():
-        return [x for critic in (model.critic, model.critic_target) for x in critic(observations, actions)]
+        actions = model.actor(observations, deterministic=True)
+        values = (x for critic in networks(model)[1:] for x in critic(observations, actions))
+        return actions, model.actor.get_action_dist_params(observations)[1], *values
 
 
-def test_units_do_not_matter_to_critics(monkeypatch):
-    """Metres or millimetres: the same actions, met by the same states, and in the end the same critics."""
+@pytest.mark.parametrize("net_arch", [[8], [], {"pi": [], "qf": [8]}], ids=["default", "none", "apart"])
+def test_units_do_not_matter(net_arch, monkeypatch):
+    """Metres or millimetres: the same actions, met by the same states, and in the end the same policy."""
     soon(monkeypatch)
-    model = MnM("MlpPolicy", BoxEnv(), **small(**LATER))
+    model = MnM("MlpPolicy", BoxEnv(), **small(**LATER, policy_kwargs={"net_arch": net_arch}))
     other, untrained = in_other_units(model), copy.deepcopy(model)
     for agent in (model, other):
-        # The actor learns in the units that there are.
-        agent.actor.optimizer.step = lambda: None
         agent.set_random_seed(0)
         agent.learn(150)
-    x, actions = (
-        th.as_tensor(kept[:150, 0]) for kept in (model.replay_buffer.observations, model.replay_buffer.actions)
-    )
-    learned = values(model, x, actions)
-    assert_close(values(other, (x - MEAN) / STD, actions), learned, rtol=1e-2, atol=1e-2)
-    assert (learned[0] - values(untrained, x, actions)[0]).abs().max() > 0.1
+    x = th.as_tensor(model.replay_buffer.observations[:150, 0])
+    learned = told(model, x)
+    assert_close(told(other, (x - MEAN) / STD), learned, rtol=1e-2, atol=1e-2)
+    assert all((now - before).abs().max() > 0.05 for now, before in zip(learned, told(untrained, x), strict=True))
 
 
 DICT = spaces.Dict({"b": spaces.Box(-9, 9, (2, 1)), "a": spaces.Box(-9, 9, (1,))})
