@@ -31,7 +31,6 @@ from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 from sb3_mismatch.objectives import Objective, Payment
 from sb3_mismatch.products import faster_products
 from sb3_mismatch.replaying import Replayed
-from sb3_mismatch.standardising import Scale, raw, standard, standard_gradient
 
 #: what an activation without parameters computes
 ACTIVATIONS: dict[type[nn.Module], Callable[[th.Tensor], th.Tensor]] = {
@@ -116,7 +115,6 @@ class Starts(NamedTuple):
     :param world_noise: standard normal, (h, K, m / K, obs_dim + 1): of the dynamics
     :param mean, std, clip: of observations, (obs_dim,)
     :param reward_std, clip_reward: of rewards, scalars
-    :param scale: of observations and actions, in which actor and critics learn
     """
 
     states: th.Tensor
@@ -127,7 +125,6 @@ class Starts(NamedTuple):
     clip: th.Tensor
     reward_std: th.Tensor
     clip_reward: th.Tensor
-    scale: Scale
 
 
 class Rows(NamedTuple):
@@ -243,29 +240,6 @@ def descend(
     return after, (~sound & loss.isfinite()).float()
 
 
-def descend_in(
-    inputs: Scale | None, firsts: Sequence[int], learner: Learner, gradients: Weights, *rest: Any
-) -> tuple[Learner, th.Tensor]:
-    """
-    :func:`descend` in standardised inputs (:mod:`sb3_mismatch.standardising`).
-
-    :param inputs: what they are standardised by; ``None``: they are taken as they are
-    :param firsts: where the weights, and behind each the bias, of layers stand that see them
-    """
-    if inputs is None:
-        return descend(learner, gradients, *rest)
-
-    def formed(weights: Weights, form: Callable[..., tuple[th.Tensor, th.Tensor]]) -> list[th.Tensor]:
-        weights = list(weights)
-        for i in firsts:
-            weights[i : i + 2] = form(*weights[i : i + 2], inputs)
-        return weights
-
-    standardised = learner._replace(weights=formed(learner.weights, standard))
-    after, dropped = descend(standardised, formed(gradients, standard_gradient), *rest)
-    return after._replace(weights=formed(after.weights, raw)), dropped
-
-
 def temperature_step(
     spec: Spec, temperature: Learner, log_prob: th.Tensor, numbers: Numbers
 ) -> tuple[Learner, th.Tensor, th.Tensor, th.Tensor]:
@@ -282,24 +256,21 @@ def temperature_step(
 
 
 def critic_step(
-    spec: Spec, critic: Learner, loss: Callable[[Weights], th.Tensor], numbers: Numbers, inputs: Scale | None = None
+    spec: Spec, critic: Learner, loss: Callable[[Weights], th.Tensor], numbers: Numbers
 ) -> tuple[Learner, th.Tensor, th.Tensor]:
-    """Descend ``loss``, in ``inputs`` where they are given: the critics after it, the loss, the gradients dropped."""
+    """Descend ``loss``: the critics after it, the loss, the gradients dropped."""
     gradients, value = th.func.grad_and_value(loss)(critic.weights)
     rate, scale = numbers.critic_rate, numbers.critic_scale
-    firsts = range(0, len(critic.weights), len(critic.weights) // spec.n_critics)
-    after, dropped = descend_in(inputs, firsts, critic, gradients, value, rate, scale, spec.momenta[1], numbers.largest)
+    after, dropped = descend(critic, gradients, value, rate, scale, spec.momenta[1], numbers.largest)
     return after, value, dropped
 
 
 def actor_step(
-    spec: Spec, actor: Learner, gradients: Weights, loss: th.Tensor, numbers: Numbers, inputs: Scale | None = None
+    spec: Spec, actor: Learner, gradients: Weights, loss: th.Tensor, numbers: Numbers
 ) -> tuple[Learner, th.Tensor]:
-    """Descend by ``gradients``, in ``inputs`` where they are given: the actor after it, the gradients dropped."""
+    """Descend by ``gradients``: the actor after it, the gradients dropped."""
     rate, scale = numbers.actor_rate, numbers.actor_scale
-    # Without a body its two heads come first.
-    firsts = (0,) if nn.Linear in spec.actor else (0, 2)
-    return descend_in(inputs, firsts, actor, gradients, loss, rate, scale, spec.momenta[2], numbers.largest)
+    return descend(actor, gradients, loss, rate, scale, spec.momenta[2], numbers.largest)
 
 
 def one_step_targets(spec: Spec, state: State, rows: Rows, ent_coef: th.Tensor) -> th.Tensor:
@@ -404,10 +375,9 @@ def update_ahead(
         real = squared_error(values(spec, weights, rows.observations, rows.actions), real_targets)
         return (n * imagined + n_real * real) / (n + n_real)
 
-    critic, loss_of_critic, dropped_1 = critic_step(spec, state.critic, critic_loss, numbers, starts.scale)
+    critic, loss_of_critic, dropped_1 = critic_step(spec, state.critic, critic_loss, numbers)
     gradient, actor_loss = th.func.grad_and_value(lambda path: -value(critic.weights, path).mean())(climbed)
-    gradients = policy_gradient(gradient)[0]
-    actor, dropped_2 = actor_step(spec, state.actor, gradients, actor_loss, numbers, starts.scale)
+    actor, dropped_2 = actor_step(spec, state.actor, policy_gradient(gradient)[0], actor_loss, numbers)
 
     after = State(temperature, critic, actor, polyak(state.target, critic.weights, numbers.tau))
     return after, th.stack([ent_coef, ent_coef_loss, loss_of_critic, actor_loss, dropped_0 + dropped_1 + dropped_2])

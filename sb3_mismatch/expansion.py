@@ -1,6 +1,7 @@
 """SAC whose critics and actor look ahead in a learned world."""
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch as th
@@ -9,7 +10,6 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mismatch.compiled import Rows, Sizes, Starts
 from sb3_mismatch.fast_sac import FastSAC, Losses, descend
 from sb3_mismatch.lookahead import Path, expanded_value
-from sb3_mismatch.standardising import Scale, first_layers, standardised
 from sb3_mismatch.terminations import TransitionFunction
 from sb3_mismatch.world import World
 
@@ -30,7 +30,6 @@ class Expanding(FastSAC):
     """
 
     expansion: int
-    actor_learning_rate: float | None
     world: World
     _fitted_at: int | None
     termination_fn: TransitionFunction | None
@@ -96,32 +95,22 @@ class Expanding(FastSAC):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """FastSAC's, a share of whose minibatches are imagined states."""
         self._starts_each = self._n_starts(batch_size) if self._expands else 0
-        super().train(gradient_steps, batch_size - self._starts_each)
-
-    def _update_learning_rate(self, optimizers: Any) -> None:
-        super()._update_learning_rate(optimizers)
-        if self._expands and self.actor_learning_rate is not None:
-            for group in self.actor.optimizer.param_groups:
-                group["lr"] = min(group["lr"], self.actor_learning_rate)
+        with self._standardising():
+            super().train(gradient_steps, batch_size - self._starts_each)
 
     def _plain_steps(self, gradient_steps: int, batch_size: int) -> list[Losses]:
-        if self._starts_each == 0:
-            return super()._plain_steps(gradient_steps, batch_size)
-        scale = self._scale()
-        with (
-            standardised(self.actor.optimizer, first_layers(self.actor), scale),
-            standardised(self.critic.optimizer, first_layers(self.critic), scale),
-        ):
-            losses = super()._plain_steps(gradient_steps, batch_size)
-        # The actor keeps its last distribution, and with it the path and its gradients.
-        self.policy.set_training_mode(False)
-        with th.no_grad():
-            assert self.world.imagined.rows is not None
-            self.actor(self._seen(self.world.imagined.rows.observations[:1]), deterministic=True)
-        self.policy.set_training_mode(True)
+        losses = super()._plain_steps(gradient_steps, batch_size)
+        if self._starts_each > 0:
+            # The actor keeps its last distribution, and with it the path and its gradients.
+            self.policy.set_training_mode(False)
+            with th.no_grad():
+                assert self.world.imagined.rows is not None
+                self.actor(self._seen(self.world.imagined.rows.observations[:1]), deterministic=True)
+            self.policy.set_training_mode(True)
         return losses
 
     def _update(self, batch: ReplayBufferSamples) -> Losses:
+        batch = self._standard_rows(batch)
         losses = super()._update(batch) if self._starts_each == 0 else self._update_ahead(batch)
         # The log tells the temperature in the units of the rewards.
         return losses._replace(ent_coef=losses.ent_coef * (self._unit or 1.0))
@@ -165,8 +154,12 @@ class Expanding(FastSAC):
         """Raw flat states as the policy takes them."""
         raise NotImplementedError
 
-    def _scale(self) -> Scale:
-        """Of observations and actions, in which actor and critics learn."""
+    def _standardising(self) -> AbstractContextManager[None]:
+        """While it lasts, actor and critics take standardised observations."""
+        raise NotImplementedError
+
+    def _standard_rows(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
+        """Real rows as the networks take them while they train."""
         raise NotImplementedError
 
     # -- the compiled form --
@@ -185,7 +178,7 @@ class Expanding(FastSAC):
         return super()._uncovered()
 
     def _rows(self, batch: ReplayBufferSamples) -> Rows:
-        rows = super()._rows(batch)
+        rows = super()._rows(self._standard_rows(batch))
         return rows if self._starts_each == 0 else rows._replace(starts=self._drawn_starts(self._starts_each))
 
     def _sizes(self, n: int) -> Sizes:

@@ -10,8 +10,9 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.utils import is_vectorized_observation
-from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from sb3_mismatch.buffers import MixedReplayBuffer, latest_episodes, real_transitions
 from sb3_mismatch.compiled import Ahead, Starts
@@ -30,7 +31,7 @@ from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_off
 from sb3_mismatch.observations import Normalization, Observations, TensorObservations
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.settings import WEIGHTS, check_count
-from sb3_mismatch.standardising import Scale, least
+from sb3_mismatch.standardising import first_layers, least, standardised
 from sb3_mismatch.world import World
 from sb3_mismatch.world_env import FORMS, ImaginedEpisodes
 
@@ -59,6 +60,8 @@ class Imagining(OffPolicyAlgorithm):
     _highest_value: float
     _starts_each: int = 0
     _kept_normalization: Normalization | None = None
+    #: while the networks take standardised observations, by what
+    _scale: Normalization | None = None
 
     # -- for people --
 
@@ -265,14 +268,39 @@ class Imagining(OffPolicyAlgorithm):
         finally:
             self._kept_normalization = None
 
-    def _scale(self) -> Scale:
-        """Of what actor and critics see, in which they learn; as it is where VecNormalize normalises observations."""
-        dim, n_actions = self.world.observations.dim, spaces.flatdim(self.action_space)
-        env, inputs = self._vec_normalize_env, self.world.dynamics.inputs
-        mean, std = inputs.mean[:dim], inputs.std[:dim]
-        if env is not None and env.norm_obs:
-            mean, std = th.zeros_like(mean), th.ones_like(std)
-        return Scale(F.pad(mean, (0, n_actions)), F.pad(least(mean, std), (0, n_actions), value=1.0))
+    @contextmanager
+    def _standardising(self) -> Iterator[None]:
+        """While it lasts, actor and critics take standardised observations, unless VecNormalize sees to that."""
+        env, before = self._vec_normalize_env, self._normalization()
+        knows = self._expands and self._fitted_at is not None and (env is None or not env.norm_obs)
+        layers = first_layers((self.actor, self.critic, self.critic_target)) if knows else []  # type: ignore[attr-defined]
+        if not layers:
+            yield
+            return
+        inputs, dim = self.world.dynamics.inputs, self.world.observations.dim
+        mean = inputs.mean[:dim]
+        std = least(mean, inputs.std[:dim])
+        scale = before or Normalization(mean, std, th.full_like(mean, math.inf), 1.0, math.inf)
+        self._kept_normalization = self._scale = replace(scale, mean=mean, std=std)
+        try:
+            with standardised(layers, mean, std):
+                yield
+        finally:
+            self._kept_normalization, self._scale = before, None
+
+    def _standard_rows(self, batch: ReplayBufferSamples) -> ReplayBufferSamples:
+        """Real rows as the networks take them while they train."""
+        scale, flat = self._scale, self.world.observations
+        if scale is None:
+            return batch
+        mean, std = (flat.unflatten(x.unsqueeze(0)) for x in (scale.mean, scale.std))
+
+        def standard(observations: Any) -> Any:
+            return tree_map(lambda x, mean, std: (x - mean) / std, observations, mean, std)
+
+        return batch._replace(
+            observations=standard(batch.observations), next_observations=standard(batch.next_observations)
+        )
 
     def _seen(self, flat: th.Tensor) -> TensorObservations:
         """Raw flat observations (n, dim) as the policy takes them: normalised, in the space's shape."""
@@ -373,9 +401,8 @@ class Imagining(OffPolicyAlgorithm):
         column = th.zeros(dim, device=self.device)
         scale = normalize or Normalization(column, column + 1, column + math.inf, 1.0, math.inf)
         # A tensor made of a number on the host would wait for the device.
-        reward_std, clip_reward = (th.full((), x, device=self.device) for x in (scale.reward_std, scale.clip_reward))
-        observed = scale.mean, scale.std, scale.clip
-        return Starts(states, noise, world_noise, *observed, reward_std, clip_reward, self._scale())
+        rewards = (th.full((), x, device=self.device) for x in (scale.reward_std, scale.clip_reward))
+        return Starts(states, noise, world_noise, scale.mean, scale.std, scale.clip, *rewards)
 
     def _bounds(self) -> tuple[float, ...]:
         unit, payment = self._unit or 1.0, self._payment()

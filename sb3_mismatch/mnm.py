@@ -385,8 +385,6 @@ class MnM(ModelBased, Expanding):
 
     :param expansion: steps that critics and actor look ahead in the learned world, at each gradient step anew, from
         imagined states; 0: minibatches of imagined transitions instead, in SAC's own update
-    :param actor_learning_rate: the highest learning rate of an actor that looks ahead, where ``learning_rate`` is
-        higher; ``None``: as ``learning_rate``
 
     Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
     Model-Based RL", NeurIPS 2022.
@@ -405,7 +403,6 @@ class MnM(ModelBased, Expanding):
         self,
         *args: Any,
         expansion: int = 5,
-        actor_learning_rate: float | None = None,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,
@@ -417,7 +414,6 @@ class MnM(ModelBased, Expanding):
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
-        self.actor_learning_rate = actor_learning_rate
         if _init_setup_model:
             self._setup_model()
 
