@@ -385,6 +385,8 @@ class MnM(ModelBased, Expanding):
 
     :param expansion: steps that critics and actor look ahead in the learned world, at each gradient step anew, from
         imagined states; 0: minibatches of imagined transitions instead, in SAC's own update
+    :param actor_rate: the actor's learning rate as a share of ``learning_rate``, where it looks ahead. "auto": 0.3,
+        and 1 where an action is a single number
 
     Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
     Model-Based RL", NeurIPS 2022.
@@ -392,7 +394,8 @@ class MnM(ModelBased, Expanding):
 
     # There is one update for each step, as in SAC: at SAC's own rates values rise too late (CrossQ's are 1e-3 as well).
     # A fall lies a hundred steps off where its cause is, which a gamma of 0.99 hardly sees (DHMBPO: 0.995).
-    # What has been learned is lost again where the policy moves on faster than its world follows: the rate falls.
+    # What has been learned is lost again where the policy moves on faster than its world follows: the rate falls, and
+    # the actor's is lower than the critics'.
     base_defaults: ClassVar[dict[str, Any]] = {
         "learning_rate": LinearSchedule(1e-3, 1e-4, end_fraction=1.0),
         "tau": 0.02,
@@ -403,6 +406,7 @@ class MnM(ModelBased, Expanding):
         self,
         *args: Any,
         expansion: int = 5,
+        actor_rate: float | str = "auto",
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,
@@ -414,6 +418,7 @@ class MnM(ModelBased, Expanding):
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
+        self.actor_rate = actor_rate
         if _init_setup_model:
             self._setup_model()
 

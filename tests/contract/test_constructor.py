@@ -17,7 +17,8 @@ from sb3_mismatch import MBPO, VMBPO, MnM
 OURS = list(world_settings(objective="mbpo", real_ratio=0.5, horizon=2, imagined_n_steps=2))
 OURS += ["log_ratio_weight", "novelty_weight", "adversarial_weight", "likelihood_weight"]
 OURS += ["reward_shift", "reward_floor"]
-OURS += ["termination_fn", "reward_fn", "figures_every", "average_steps", "expansion", "imagine_freq", "random_steps"]
+OURS += ["termination_fn", "reward_fn", "figures_every", "average_steps"]
+OURS += ["expansion", "actor_rate", "imagine_freq", "random_steps"]
 
 
 @pytest.mark.parametrize("kind", [MnM, VMBPO, MBPO])
@@ -155,7 +156,8 @@ def test_a9_learning_rate_may_be_a_schedule(learning_rate):
     model = trained(steps=60, learning_rate=learning_rate)
     assert model.learning_rate is learning_rate
     expected = model.lr_schedule(model._current_progress_remaining)
-    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=2e-5)
+    assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=2e-5)
+    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(0.3 * expected, abs=2e-5)
     # The world's own.
     assert model.world.dynamics_optimizer.param_groups[0]["lr"] == 2e-3
 

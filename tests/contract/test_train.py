@@ -49,8 +49,9 @@ def test_e2_what_else_sac_does_in_training():
     due(model).train(gradient_steps=4)
     assert model._n_updates == before + 4
     assert model.policy.training
-    for optimizer in (model.actor.optimizer, model.critic.optimizer, model.ent_coef_optimizer):
+    for optimizer in (model.critic.optimizer, model.ent_coef_optimizer):
         assert optimizer.param_groups[0]["lr"] == 5e-4
+    assert model.actor.optimizer.param_groups[0]["lr"] == model.actor_rate * 5e-4
     assert [group["lr"] for group in model.world.dynamics_optimizer.param_groups] == rates
 
 
