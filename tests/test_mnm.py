@@ -305,6 +305,7 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"adversarial_weight": float("inf")}, "adversarial_weight=inf must be finite"),
         ({"real_ratio": float("nan")}, "real_ratio=nan"),
         ({"real_ratio": "0.1"}, "real_ratio='0.1' must be a number"),
+        ({"actor_rate": "slow"}, "actor_rate='slow' must be a number"),
         ({"actor_rate": -0.1}, "actor_rate=-0.1 must be finite and lie between 0 and 1"),
         ({"horizon": 0}, "horizon=0 must be a whole number of at least 1"),
         ({"horizon": 1.5}, "horizon=1.5"),
