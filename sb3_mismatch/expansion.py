@@ -4,9 +4,7 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mismatch.compiled import Rows, Sizes, Starts
@@ -21,10 +19,6 @@ FIRST_ENT_COEF = 0.1
 #: Adam's ε for losses in the critics' unit: where all is as good as can be, gradients are noise alone, which 1e-8 would
 #: blow up to whole steps, until a policy that does all right has wandered off.
 EPS = 1e-6
-#: ``actor_rate="auto"`` where an action has several numbers: as fast as its critics, a policy of many overshoots.
-SLOW_ACTOR = 0.3
-#: ``target_entropy="auto"`` for each of several numbers, where SAC's is -1: a slow policy that settles stays as it is.
-TARGET_ENTROPY_EACH = -0.5
 
 
 class Expanding(FastSAC):
@@ -36,7 +30,7 @@ class Expanding(FastSAC):
     """
 
     expansion: int
-    actor_rate: float | str
+    actor_rate: float
     world: World
     _fitted_at: int | None
     termination_fn: TransitionFunction | None
@@ -49,8 +43,6 @@ class Expanding(FastSAC):
     _starts_each: int = 0
 
     def _setup_model(self) -> None:
-        if self._expands and self.target_entropy == "auto":
-            self.target_entropy = auto_target_entropy(n_actions(self.action_space))
         super()._setup_model()
         if not self._expands:
             return
@@ -108,13 +100,11 @@ class Expanding(FastSAC):
             super().train(gradient_steps, batch_size - self._starts_each)
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        """SB3's, and the actor's a share of it."""
+        """SB3's, of which the actor's falls to a share by the end of ``learn``."""
         super()._update_learning_rate(optimizers)
         if self._expands:
-            told = self.actor_rate
-            rate = auto_actor_rate(n_actions(self.action_space)) if isinstance(told, str) else told
             for group in self.actor.optimizer.param_groups:
-                group["lr"] *= rate
+                group["lr"] *= self.actor_rate ** (1 - self._current_progress_remaining)
 
     def _plain_steps(self, gradient_steps: int, batch_size: int) -> list[Losses]:
         losses = super()._plain_steps(gradient_steps, batch_size)
@@ -207,21 +197,6 @@ class Expanding(FastSAC):
         if self._starts_each == 0:
             return rows
         return rows._replace(noise=rows.noise[1:], starts=self._drawn_starts(self._starts_each, drawn=False))
-
-
-def n_actions(action_space: spaces.Space[Any]) -> int:
-    """How many numbers an action has."""
-    return int(np.prod(action_space.shape))  # type: ignore[arg-type]
-
-
-def auto_actor_rate(n_actions: int) -> float:
-    """``actor_rate="auto"``: a single action is learned as fast as its value."""
-    return SLOW_ACTOR if n_actions > 1 else 1.0
-
-
-def auto_target_entropy(n_actions: int) -> float:
-    """``target_entropy="auto"`` of those who look ahead; SAC's for a single action."""
-    return TARGET_ENTROPY_EACH * n_actions if n_actions > 1 else -1.0
 
 
 Expanding.written_by = Expanding

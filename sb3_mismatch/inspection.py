@@ -18,7 +18,6 @@ from torch import nn
 
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.contrib import MnMCrossQ, MnMTQC
-from sb3_mismatch.expansion import auto_target_entropy, n_actions
 from sb3_mismatch.healthy_range import NO_BOUND
 from sb3_mismatch.mnm import MnM, ModelBased
 from sb3_mismatch.plots.numbers import horizon_errors_of
@@ -231,8 +230,7 @@ def _is_default(model: ModelBased, name: str, value: Any, default: Any) -> bool:
     if name == "train_freq":
         return bool(value in (default, TrainFreq(default, TrainFrequencyUnit.STEP)))
     if name == "target_entropy" and default == "auto":
-        n = n_actions(model.action_space)
-        return bool(value in (default, auto_target_entropy(n) if model._expands else -float(n)))
+        return bool(value == default or value == -float(np.prod(model.action_space.shape)))  # type: ignore[arg-type]
     if name in ("replay_buffer_class", "replay_buffer_kwargs"):
         # SB3 chooses the class by the observation space and by n_steps, and passes n_steps and gamma on.
         chosen = value.__module__ == ReplayBuffer.__module__ if inspect.isclass(value) else not value

@@ -385,8 +385,8 @@ class MnM(ModelBased, Expanding):
 
     :param expansion: steps that critics and actor look ahead in the learned world, at each gradient step anew, from
         imagined states; 0: minibatches of imagined transitions instead, in SAC's own update
-    :param actor_rate: the actor's learning rate as a share of ``learning_rate``, where it looks ahead. "auto": 0.3,
-        and 1 where an action is a single number
+    :param actor_rate: the share of ``learning_rate`` to which the actor's falls, by equal factors at equal steps of a
+        call of ``learn``, where it looks ahead; 1: as fast as its critics throughout
 
     Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
     Model-Based RL", NeurIPS 2022.
@@ -395,7 +395,7 @@ class MnM(ModelBased, Expanding):
     # There is one update for each step, as in SAC: at SAC's own rates values rise too late (CrossQ's are 1e-3 as well).
     # A fall lies a hundred steps off where its cause is, which a gamma of 0.99 hardly sees (DHMBPO: 0.995).
     # What has been learned is lost again where the policy moves on faster than its world follows: the rate falls, and
-    # the actor's is lower than the critics'.
+    # the actor's falls faster than the critics'.
     base_defaults: ClassVar[dict[str, Any]] = {
         "learning_rate": LinearSchedule(1e-3, 1e-4, end_fraction=1.0),
         "tau": 0.02,
@@ -406,7 +406,7 @@ class MnM(ModelBased, Expanding):
         self,
         *args: Any,
         expansion: int = 5,
-        actor_rate: float | str = "auto",
+        actor_rate: float = 0.1,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,

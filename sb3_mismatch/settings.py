@@ -51,8 +51,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_number(name, settings[name], 0, 1)
     if settings.get("expansion", 0) != 0:
         check_count("expansion", settings["expansion"], "0 for none, or ")
-        if settings["actor_rate"] != "auto":
-            check_number("actor_rate", settings["actor_rate"], 0, 1)
+        check_number("actor_rate", settings["actor_rate"], 0, 1)
     if settings["random_steps"] not in (0, "auto"):
         check_count("random_steps", settings["random_steps"], "'auto', 0 for none, or ")
     if settings["average_steps"] != 0:
