@@ -153,7 +153,7 @@ def test_a8_episodes_need_a_single_environment():
     "learning_rate", [0.0, lambda progress: 1e-3 * progress, ConstantSchedule(1e-3), LinearSchedule(1e-3, 1e-4, 1.0)]
 )
 def test_a9_learning_rate_may_be_a_schedule(learning_rate):
-    model = trained(steps=60, learning_rate=learning_rate)
+    model = trained(steps=60, learning_rate=learning_rate, actor_rate=1.0)
     assert model.learning_rate is learning_rate
     expected = model.lr_schedule(model._current_progress_remaining)
     assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=2e-5)

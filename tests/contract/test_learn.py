@@ -117,7 +117,7 @@ def test_d7_environments_in_processes_of_their_own():
 
 
 def test_d8_learning_in_two_parts_equals_learning_at_once():
-    settings = {"objective": "vmbpo", "model_train_freq": 20, "learning_rate": 1e-3}
+    settings = {"objective": "vmbpo", "model_train_freq": 20, "learning_rate": 1e-3, "actor_rate": 1.0}
     first = trained(BoxEnv(), 70, **settings).learn(50, reset_num_timesteps=False)
     second = trained(BoxEnv(), 120, **settings)
     assert_same(policy_contents(first), policy_contents(second))
