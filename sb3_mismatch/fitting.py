@@ -48,11 +48,16 @@ class Terms:
         return predicted
 
     @cached_property
-    def nll(self) -> th.Tensor:
-        """-log q(s', r | s, a): (E,)."""
+    def nll_of_each(self) -> th.Tensor:
+        """-log q(s', r | s, a): (E, N)."""
         rows = self._rows
         nll = self._dynamics.nll_of(self._predicted, rows.observations, rows.next_observations, rows.rewards)
-        return self._row.likelihood_weight * nll.mean(dim=1)
+        return self._row.likelihood_weight * nll
+
+    @property
+    def nll(self) -> th.Tensor:
+        """Its mean: (E,)."""
+        return self.nll_of_each.mean(dim=1)
 
     @cached_property
     def crps(self) -> th.Tensor:
@@ -78,10 +83,18 @@ class Terms:
 
     @cached_property
     def value(self) -> th.Tensor:
-        """V(s'): (E,)."""
-        next_observations = self._drawn[2]
-        values = self._value(next_observations.flatten(0, 1)).view(next_observations.shape[:2])
-        return self._row.adversarial_weight * values.mean(dim=1)
+        """V(s') of drawn next states: (E,)."""
+        return self._values(self._drawn[2]).mean(dim=1)
+
+    @cached_property
+    @th.no_grad()
+    def value_of_each(self) -> th.Tensor:
+        """V(s') of real next states, 0 at ends: (E, N)."""
+        return (1 - self._rows.dones.squeeze(2)) * self._values(self._rows.next_observations)
+
+    def _values(self, states: th.Tensor) -> th.Tensor:
+        """V, weighted: (E, n, obs_dim) -> (E, n)."""
+        return self._row.adversarial_weight * self._value(states.flatten(0, 1)).view(states.shape[:2])
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,19 @@ MOST_NOVEL = 5.0
 
 class ModelTerms(Protocol):
     """
-    What the dynamics' loss may ask of a minibatch: means over its rows for each member, shape (n_members,), computed
-    only when asked for, and already times their weights: ``nll`` and ``crps`` times ``likelihood_weight``, the
-    others times ``adversarial_weight``.
+    What the dynamics' loss may ask of a minibatch: means over its rows for each member, shape (n_members,), or what
+    each row has, (n_members, batch). Computed only when asked for, and already times their weights: the fit to real
+    transitions (``nll``, ``nll_of_each``, ``crps``) times ``likelihood_weight``, the others times
+    ``adversarial_weight``.
     """
 
     @property
     def nll(self) -> th.Tensor:
         """-log q(s', r | s, a) of the real transition, in nats."""
+
+    @property
+    def nll_of_each(self) -> th.Tensor:
+        """The same of each row, (n_members, batch)."""
 
     @property
     def crps(self) -> th.Tensor:
@@ -43,6 +48,10 @@ class ModelTerms(Protocol):
     @property
     def value(self) -> th.Tensor:
         """V of that same next state."""
+
+    @property
+    def value_of_each(self) -> th.Tensor:
+        """V of each row's real next state, 0 where the episode ends, without a gradient, (n_members, batch)."""
 
 
 # -- what the policy is paid: shapes (batch, 1), `log_ratio` already times `log_ratio_weight` --
@@ -91,6 +100,12 @@ def discounted_joint_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
     return terms.nll - gamma * (terms.log_ratio + terms.value)
 
 
+def weighted_loss(terms: ModelTerms, gamma: float) -> th.Tensor:
+    """L = -Σ w log q of real transitions, w ∝ exp(γ V) over a minibatch: q ∝ p exp(γ V) again, with no draw from q."""
+    weights = (gamma * terms.value_of_each).softmax(dim=1)
+    return (weights * terms.nll_of_each).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class Objective:
     """
@@ -100,7 +115,8 @@ class Objective:
         shapes (batch, 1); real transitions are paid the same with ``log_ratio`` zero
     :param model_loss: what the dynamics minimise: ``(terms, gamma) -> loss``, shape (n_members,)
     :param log_ratio_weight: weight of the log-ratio in the policy's reward
-    :param adversarial_weight: weight of what a drawn next state earns in the dynamics' loss
+    :param adversarial_weight: weight of what a drawn next state earns in the dynamics' loss, and of value in the
+        exponent under :func:`weighted_loss`
     :param likelihood_weight: weight of the fit to real transitions in the dynamics' loss
     :param takes_log: whether ``reward`` takes the logarithm of the environment's reward, so that the policy's
         objective is a lower bound on the log of the expected return
@@ -135,6 +151,7 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     "mnm": Objective(reward=lower_bound_reward, model_loss=joint_loss, takes_log=True),
     "mnm-gamma": Objective(reward=discounted_bound_reward, model_loss=discounted_joint_loss, takes_log=True),
+    "mnm-weighted": Objective(reward=lower_bound_reward, model_loss=weighted_loss, takes_log=True),
     "mnm-approx": Objective(
         reward=realistic_reward,
         model_loss=adversarial_loss,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -355,6 +356,7 @@ def terms(row: Objective, n: int = 30) -> tuple[Terms, Dynamics, SimpleNamespace
         actions=th.randn(3, n, 1),
         next_observations=th.randn(3, n, 2),
         rewards=th.randn(3, n, 1),
+        dones=(th.rand(3, n, 1) < 0.3).float(),
     )
     return Terms(row, dynamics, classifier, lambda s: s.sum(dim=1, keepdim=True), rows), dynamics, rows
 
@@ -369,7 +371,10 @@ def test_terms_are_weighted_means_of_each_member():
     ours, dynamics, rows = terms(row)
     predicted = dynamics(rows.observations, rows.actions)
     real = (rows.observations, rows.next_observations, rows.rewards)
-    assert_close(ours.nll, 2 * dynamics.nll_of(predicted, *real).mean(dim=1))
+    nll = dynamics.nll_of(predicted, *real)
+    assert_close(ours.nll, 2 * nll.mean(dim=1))
+    assert_close(ours.nll_of_each, 2 * nll)
+    assert_close(ours.value_of_each, 0.5 * rows.next_observations.sum(dim=2) * (rows.dones[..., 0] == 0))
     assert_close(ours.crps, 400 * dynamics.crps_of(predicted, *real).mean(dim=1))
     s, a, s2 = ours._drawn
     assert s.shape == (3, 10, 2)
@@ -538,6 +543,23 @@ def test_optimistic_dynamics_lean_towards_value():
         optimizer.step()
     drawn = dynamics.sample(th.randn(5000, 1), th.randn(5000, 1))[0]
     assert drawn.mean().item() == pytest.approx(gamma, abs=0.1)
+
+
+def test_weighted_dynamics_lean_towards_value():
+    """On the same noise value-weighted likelihood has the same optimum N(γ, 1), and with half the weight N(γ/2, 1)."""
+    for weight in (1.0, 0.5):
+        th.manual_seed(0)
+        data = rows_of(th.randn(4000, 1), th.randn(4000, 1), th.randn(4000, 1))
+        dynamics = Dynamics(1, 1, 2, 2, net_arch=[8])
+        row = replace(OBJECTIVES["mnm-weighted"], adversarial_weight=weight)
+
+        def loss(rows, row=row, dynamics=dynamics):
+            return row.model_loss(Terms(row, dynamics, None, lambda s: s, rows), 0.9)
+
+        fit(dynamics, data, loss=loss, lr=1e-2, dynamics_steps=400, batch_size=256)
+        drawn = dynamics.sample(th.randn(5000, 1), th.randn(5000, 1))[0]
+        assert drawn.mean().item() == pytest.approx(weight * 0.9, abs=0.1)
+        assert drawn.std().item() == pytest.approx(1, abs=0.1)
     assert drawn.std().item() == pytest.approx(1.0, abs=0.1)
 
 

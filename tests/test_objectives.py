@@ -20,6 +20,7 @@ from sb3_mismatch.objectives import (
     positive_offset,
     realistic_reward,
     task_reward,
+    weighted_loss,
 )
 
 GAMMA = 0.9
@@ -32,6 +33,9 @@ class ByHand:
     crps = th.tensor([3.0, 4.0])
     log_ratio = th.tensor([0.5, -0.5])
     value = th.tensor([10.0, 20.0])
+    # weights 1/2 and 1/2, 3/4 and 1/4 at γ = 0.9
+    value_of_each = th.tensor([[5.0, 5.0], [math.log(3) / 0.9, 0.0]])
+    nll_of_each = th.tensor([[0.0, 2.0], [4.0, 8.0]])
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,7 @@ def test_rewards_by_hand(equation, expected):
         (adversarial_loss, [2.5, 4.5]),
         (joint_loss, [1 - 0.5 - 9, 2 + 0.5 - 18]),
         (discounted_joint_loss, [1 - 0.45 - 9, 2 + 0.45 - 18]),
+        (weighted_loss, [1.0, 5.0]),
     ],
 )
 def test_model_losses_by_hand(equation, expected):
@@ -107,6 +112,7 @@ def test_table():
     assert asked == {
         "mnm": (lower_bound_reward, joint_loss, True, False, True),
         "mnm-gamma": (discounted_bound_reward, discounted_joint_loss, True, False, True),
+        "mnm-weighted": (lower_bound_reward, weighted_loss, True, False, True),
         "mnm-approx": (realistic_reward, adversarial_loss, False, True, True),
         "vmbpo": (realistic_reward, joint_loss, False, False, True),
         "mbpo": (task_reward, likelihood_loss, False, False, False),

@@ -340,7 +340,7 @@ def test_logs_in_both_forms_hold_the_same(runs):
 def test_logs_that_do_not_serve_are_refused(runs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"log='nowhere' is no progress\.csv"):
         plots.schedules("nowhere")
-    with pytest.raises(ValueError, match=r"holds no objective/lower_bound.*only objective='mnm'"):
+    with pytest.raises(ValueError, match=r"holds no objective/lower_bound.*only objectives .* objective='mnm'"):
         plots.bound(runs / "runs" / "defaults")
     with pytest.raises(FileNotFoundError, match=r"run='nowhere' is no evaluations\.npz"):
         plots.learning_curves({"MnM": ["nowhere"]})

@@ -48,7 +48,7 @@ def bound(log: str | Path) -> Figure:
         values = read_scalars(log, (LOWER_BOUND, LOG_RETURN))
     except ValueError as error:
         raise ValueError(
-            f"{error}; only objective='mnm' and objective='mnm-gamma', or an own one that takes the logarithm, tell it"
+            f"{error}; only objectives that take the logarithm of the reward, such as objective='mnm', tell it"
         ) from None
     figure = new_figure(3.4)
     axes = figure.subplots()
