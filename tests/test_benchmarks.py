@@ -366,6 +366,20 @@ def test_intervals_by_hand() -> None:
     np.testing.assert_allclose(interval.point, (3, 1))  # Without the lowest and the highest of five.
     assert -100 <= interval.low[0] < 3 < interval.high[0] <= 100
     assert interval.low[1] == interval.high[1] == 1
+
+
+def test_the_same_scores_have_the_same_intervals() -> None:
+    """And what others draw from NumPy's global generator stays as it is."""
+    scores = np.random.default_rng(0).normal(size=(5, 2))
+    np.random.seed(1)
+    expected = np.random.rand(), np.random.rand()
+    np.random.seed(1)
+    drawn = [np.random.rand()]
+    intervals = [over_seeds(scores), over_seeds(scores), over_seeds(scores)]
+    drawn.append(np.random.rand())
+    assert tuple(drawn) == expected
+    for interval in intervals[1:]:
+        np.testing.assert_array_equal(interval, intervals[0])
     # Two equal halves: a draw of two seeds holds one half alone in one case of two, so both ends are met.
     half = over_seeds(np.array([[0.0], [1.0]]))
     assert (half.point[0], half.low[0], half.high[0]) == (0.5, 0, 1)

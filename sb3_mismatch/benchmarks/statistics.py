@@ -1,6 +1,5 @@
 """Interquartile means over seeds and their bootstrap intervals, by rliable (Agarwal et al., NeurIPS 2021)."""
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,10 +45,11 @@ def over_seeds_and_environments(scores: Array) -> Interval:
 
 
 def _interval(scores: Array, statistic: Callable[[Array], Array]) -> Interval:
-    with warnings.catch_warnings():
-        # rliable 1.2 hands its random state to arch 7 under a name that arch will drop.
-        warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)
-        points, intervals = library.get_interval_estimates(
-            {"": scores}, statistic, reps=REPETITIONS, random_state=np.random.RandomState(0)
-        )
+    # rliable 1.2 draws from NumPy's global generator, whatever random_state it is given.
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        points, intervals = library.get_interval_estimates({"": scores}, statistic, reps=REPETITIONS)
+    finally:
+        np.random.set_state(state)
     return Interval(np.asarray(points[""]), *np.asarray(intervals[""]))
