@@ -366,6 +366,9 @@ def test_intervals_by_hand() -> None:
     np.testing.assert_allclose(interval.point, (3, 1))  # Without the lowest and the highest of five.
     assert -100 <= interval.low[0] < 3 < interval.high[0] <= 100
     assert interval.low[1] == interval.high[1] == 1
+    # Two equal halves: a draw of two seeds holds one half alone in one case of two, so both ends are met.
+    half = over_seeds(np.array([[0.0], [1.0]]))
+    assert (half.point[0], half.low[0], half.high[0]) == (0.5, 0, 1)
 
 
 def test_the_same_scores_have_the_same_intervals() -> None:
@@ -380,9 +383,6 @@ def test_the_same_scores_have_the_same_intervals() -> None:
     assert tuple(drawn) == expected
     for interval in intervals[1:]:
         np.testing.assert_array_equal(interval, intervals[0])
-    # Two equal halves: a draw of two seeds holds one half alone in one case of two, so both ends are met.
-    half = over_seeds(np.array([[0.0], [1.0]]))
-    assert (half.point[0], half.low[0], half.high[0]) == (0.5, 0, 1)
     assert over_seeds_and_environments(np.full((3, 2), 0.5)) == (0.5, 0.5, 0.5)
 
 
