@@ -369,21 +369,22 @@ def test_intervals_by_hand() -> None:
     # Two equal halves: a draw of two seeds holds one half alone in one case of two, so both ends are met.
     half = over_seeds(np.array([[0.0], [1.0]]))
     assert (half.point[0], half.low[0], half.high[0]) == (0.5, 0, 1)
+    assert over_seeds_and_environments(np.full((3, 2), 0.5)) == (0.5, 0.5, 0.5)
 
 
 def test_the_same_scores_have_the_same_intervals() -> None:
     """And what others draw from NumPy's global generator stays as it is."""
     scores = np.random.default_rng(0).normal(size=(5, 2))
     np.random.seed(1)
-    expected = np.random.rand(), np.random.rand()
+    expected = np.random.rand(3)
     np.random.seed(1)
-    drawn = [np.random.rand()]
-    intervals = [over_seeds(scores), over_seeds(scores), over_seeds(scores)]
-    drawn.append(np.random.rand())
-    assert tuple(drawn) == expected
+    drawn, intervals = [], []
+    for _ in range(3):
+        drawn.append(np.random.rand())
+        intervals.append(over_seeds(scores))
+    np.testing.assert_array_equal(drawn, expected)
     for interval in intervals[1:]:
         np.testing.assert_array_equal(interval, intervals[0])
-    assert over_seeds_and_environments(np.full((3, 2), 0.5)) == (0.5, 0.5, 0.5)
 
 
 def test_tables_by_hand() -> None:
