@@ -1,6 +1,7 @@
 """Fit the dynamics (bootstraps, holdout, elites) and the classifier."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,8 @@ class FitSettings:
     How the world is fitted, each time from where it stands.
 
     :param dynamics_steps: gradient steps of the dynamics
+    :param final_rate: the share of their ``learning_rate`` to which it falls over the second half of these, by equal
+        factors, each time anew: large steps find what is new, small ones lose the noise of minibatches
     :param classifier_steps: gradient steps of the classifier
     :param batch_size: rows of a minibatch, for each member
     :param recent_ratio: share of the dynamics' rows that are drawn among the newest: where the policy went last is
@@ -113,6 +116,7 @@ class FitSettings:
     """
 
     dynamics_steps: int = 80
+    final_rate: float = 1.0
     classifier_steps: int = 20
     batch_size: int = 64
     recent_ratio: float = 0.5
@@ -123,8 +127,14 @@ class FitSettings:
     def __post_init__(self) -> None:
         for name in ("dynamics_steps", "classifier_steps", "batch_size", "n_recent", "max_holdout"):
             check_count(f"fit_kwargs[{name!r}]", getattr(self, name))
+        check_number("fit_kwargs['final_rate']", self.final_rate, 1e-6, 1)
         check_number("fit_kwargs['recent_ratio']", self.recent_ratio, 0, 1)
         check_number("fit_kwargs['holdout_ratio']", self.holdout_ratio, 0, 0.9)
+
+    def shares_of_rate(self) -> list[float]:
+        """The learning rate of each of the dynamics' steps, as a share of the whole."""
+        n = self.dynamics_steps
+        return [self.final_rate ** max(2 * i / n - 1, 0.0) for i in range(n)]
 
 
 def split_holdout(data: RealTransitions, settings: FitSettings) -> tuple[th.Tensor, th.Tensor]:
@@ -225,8 +235,10 @@ def fit_dynamics(
     starts = Start(_Body(dynamics), optimizer), Start(dynamics.end, optimizer)
     before = judge()
     dynamics.train()
-    for column in columns:
-        step(column)
+    with _rates_of(optimizer) as set_share:
+        for column, share in zip(columns, settings.shares_of_rate(), strict=True):
+            set_share(share)
+            step(column)
     dynamics.eval()
     after = judge()
     lost = [start.restore(exploded(*errors)) for start, *errors in zip(starts, before, after, strict=True)]
@@ -301,6 +313,31 @@ def training_step(
         optimizer.step()
 
     return replayed(step, optimizer, bootstrap.device)
+
+
+@contextmanager
+def _rates_of(optimizer: th.optim.Optimizer) -> Iterator[Callable[[float], None]]:
+    """Give what sets all learning rates to a share of what they are before and after."""
+    groups = optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+
+    def set_share(share: float) -> None:
+        for group, rate in zip(groups, rates, strict=True):
+            if isinstance(group["lr"], th.Tensor):
+                group["lr"].fill_(share * rate)
+            else:
+                group["lr"] = share * rate
+
+    try:
+        for group in groups:
+            device = group["params"][0].device
+            if device.type == "cuda":
+                # A number would be a constant of the captured graph.
+                group["lr"] = th.tensor(group["lr"], device=device)
+        yield set_share
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
 
 class _Body(nn.Module):

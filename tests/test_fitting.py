@@ -60,11 +60,7 @@ def linear():
     system = LinearSystem()
     dynamics = Dynamics(3, 1, n_members=3, n_elites=3, net_arch=[32, 32])
     data = system.draw(5000)
-    optimizer = th.optim.Adam(dynamics.parameters())
-    for lr in (3e-3, 3e-4):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        log = fit(dynamics, data, optimizer=optimizer, dynamics_steps=400, batch_size=256)
+    log = fit(dynamics, data, lr=1e-2, dynamics_steps=800, batch_size=256, final_rate=0.02)
     return system, dynamics, data, log
 
 
@@ -326,6 +322,62 @@ def test_every_fit_takes_its_steps_and_keeps_the_last():
     assert (losses[1] > losses[0]).all()
 
 
+class Rates(th.optim.Adam):
+    """Keeps the learning rates of its steps; stops before the step that is ``last``."""
+
+    seen: list[float]
+    last = math.inf
+
+    def step(self, closure=None):
+        self.seen = [*getattr(self, "seen", []), *(float(group["lr"]) for group in self.param_groups)]
+        if len(self.seen) >= self.last:
+            raise KeyboardInterrupt
+        return super().step(closure)
+
+
+def test_rate_falls_over_the_second_half_of_each_fit():
+    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+    optimizer = Rates(dynamics.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.seen = []
+        fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=8, final_rate=0.0625)
+        assert optimizer.seen == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4], rel=1e-5)
+        # The number that it was: the optimizer is saved as if nothing had been.
+        assert optimizer.param_groups[0]["lr"] == 1e-3
+        assert isinstance(optimizer.param_groups[0]["lr"], float)
+    optimizer.seen = []
+    fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=3)
+    assert optimizer.seen == [1e-3] * 3
+
+
+def test_interrupted_fit_leaves_the_rate_as_it_was():
+    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+    optimizer = Rates(dynamics.parameters(), lr=1e-3)
+    optimizer.last = 15
+    with pytest.raises(KeyboardInterrupt):
+        fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=20, final_rate=0.02)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_falling_rate_loses_the_noise_of_minibatches():
+    """As many steps on the same system, but for the rate: nearer to the mean outcome, over the last of some fits."""
+    system = LinearSystem()
+    errors = {}
+    for final_rate in (1.0, 0.02):
+        th.manual_seed(0)
+        data, dynamics = system.draw(5000), Dynamics(3, 1, 2, 2, net_arch=[32])
+        s, a = (x.expand(2, -1, -1) for x in data.batch[:2])
+        following, rewards = s @ system.A.T + a @ system.B.T, s @ system.w.view(3, 1) + system.v * a
+        optimizer = th.optim.Adam(dynamics.parameters(), lr=1e-2)
+        after = []
+        for _ in range(6):
+            fit(dynamics, data, optimizer=optimizer, dynamics_steps=200, recent_ratio=0.0, final_rate=final_rate)
+            with th.no_grad():
+                after.append(dynamics.squared_error(s, a, following, rewards).mean().item())
+        errors[final_rate] = sum(after[3:]) / 3
+    assert errors[0.02] < 0.6 * errors[1.0], errors
+
+
 def test_fit_that_is_not_finite_is_told():
     dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
     with th.no_grad():
@@ -342,6 +394,8 @@ def test_settings_out_of_range_are_refused(name):
         FitSettings(**{name: 0})
     with pytest.raises(ValueError, match=r"holdout_ratio'\]=0.95 must .* lie between 0 and 0.9"):
         FitSettings(holdout_ratio=0.95)
+    with pytest.raises(ValueError, match=r"fit_kwargs\['final_rate'\]=0 must .* lie between 1e-06 and 1"):
+        FitSettings(final_rate=0)
 
 
 # -- what the dynamics are trained for --
