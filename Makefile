@@ -21,7 +21,7 @@ quickstart: $(VENV)/.base
 	$(BIN)/python examples/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check --quiet --output-format concise

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
-from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
+from sb3_mismatch.lookahead import Path, clipped, expanded_value, look_ahead
 from sb3_mismatch.objectives import Objective, Payment
 from sb3_mismatch.products import faster_products
 from sb3_mismatch.replaying import Replayed
@@ -67,6 +67,7 @@ class Ahead(NamedTuple):
     steps: int
     objective: Objective
     gamma: float
+    max_row_grad_norm: float | None
 
 
 class Spec(NamedTuple):
@@ -188,12 +189,14 @@ def mlp(layers: Layers, weights: Weights, x: th.Tensor) -> th.Tensor:
     return x
 
 
-def act(spec: Spec, weights: Weights, observations: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def act(
+    spec: Spec, weights: Weights, observations: th.Tensor, noise: th.Tensor, max_row_grad_norm: float | None = None
+) -> tuple[th.Tensor, th.Tensor]:
     """a = tanh(μ + σ ε) and log π(a|s) = Σ log N(ε; 0, 1) - log σ - log(1 - a² + 1e-6). Shapes (n, dim), (n, 1)."""
     *body, w_mean, b_mean, w_std, b_std = weights
     features = mlp(spec.actor, body, observations)
     mean, log_std = F.linear(features, th.cat([w_mean, w_std]), th.cat([b_mean, b_std])).chunk(2, dim=1)
-    log_std = log_std.clamp(-20, 2)
+    mean, log_std = clipped(mean, log_std.clamp(-20, 2), max_row_grad_norm)
     actions = th.tanh(mean + log_std.exp() * noise)
     log_normal = -0.5 * noise.square() - 0.5 * math.log(2 * math.pi)
     return actions, (log_normal - log_std - th.log(1 - actions.square() + 1e-6)).sum(dim=1, keepdim=True)
@@ -344,7 +347,7 @@ def update_ahead(
     def path(weights: Weights) -> Path:
         noise = iter(starts.noise)
         return look_ahead(
-            lambda states: act(spec, weights, seen(states), next(noise)),
+            lambda states: act(spec, weights, seen(states), next(noise), ahead.max_row_grad_norm),
             lambda states, actions, t: dynamics.rsample_parts(states, actions, t, starts.world_noise[t]),
             earned,
             starts.states,

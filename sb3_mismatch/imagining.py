@@ -26,7 +26,7 @@ from sb3_mismatch.imagination import (
     members_ways,
     visited,
 )
-from sb3_mismatch.lookahead import Path, look_ahead
+from sb3_mismatch.lookahead import Path, clipped, look_ahead
 from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_offset
 from sb3_mismatch.observations import Normalization, Observations, TensorObservations
 from sb3_mismatch.randomness import RandomStreams
@@ -55,6 +55,7 @@ class Imagining(OffPolicyAlgorithm):
     n_elites: int
     #: Steps that the update itself looks ahead; none under algorithms that know nothing of it.
     expansion: int = 0
+    max_row_grad_norm: float | None = None
     _unit: float | None = None
     _lowest_value: float
     _highest_value: float
@@ -359,7 +360,10 @@ class Imagining(OffPolicyAlgorithm):
         world, normalize, payment = self.world, self._normalization(), self._payment()
 
         def act(flat: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-            actions, log_prob = self.actor.action_log_prob(self._seen(flat))  # type: ignore[operator]
+            mean, log_std, kwargs = self.actor.get_action_dist_params(self._seen(flat))  # type: ignore[operator]
+            if not self.use_sde:  # Whose log_std is of no row.
+                mean, log_std = clipped(mean, log_std, self.max_row_grad_norm)
+            actions, log_prob = self.actor.action_dist.log_prob_from_params(mean, log_std, **kwargs)  # type: ignore[operator, union-attr]
             return actions, log_prob.reshape(-1, 1)
 
         def earned(
@@ -379,7 +383,9 @@ class Imagining(OffPolicyAlgorithm):
             return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion)
 
     def _ahead(self) -> Ahead | None:
-        return Ahead(self.expansion, self._row, self.gamma) if self._starts_each > 0 else None
+        if self._starts_each == 0:
+            return None
+        return Ahead(self.expansion, self._row, self.gamma, self.max_row_grad_norm)
 
     def _looked_into(self) -> tuple[th.nn.Module, ...]:
         return () if self._starts_each == 0 else (self.world.dynamics, self.world.classifier)

@@ -8,7 +8,7 @@ al., 2021), DHMBPO (Kubo et al., TMLR 2025), here with the rewards of the object
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 
@@ -29,6 +29,40 @@ class Path(NamedTuple):
     log_prob: th.Tensor
     rewards: th.Tensor
     continuation: th.Tensor
+
+
+class ClippedRows(th.autograd.Function):
+    """
+    The identity on (n, .), whose gradient is clipped row by row to ``most`` times the mean norm of all rows.
+
+    Through several steps of a learned world the gradients of some rows are many times as large as those of others,
+    and a minibatch would say what these few do.
+    """
+
+    @staticmethod
+    def forward(rows: th.Tensor, most: float) -> th.Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[th.Tensor, float], output: th.Tensor) -> None:
+        ctx.most = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None]:
+        norms = gradient.norm(dim=1, keepdim=True)
+        return gradient * (ctx.most * norms.mean() / norms.clamp(min=1e-12)).clamp(max=1), None
+
+
+def clipped(mean: th.Tensor, log_std: th.Tensor, most: float | None) -> tuple[th.Tensor, th.Tensor]:
+    """
+    What an actor says of its actions, (n, action_dim) each, with :class:`ClippedRows` over both.
+
+    :param most: ``None``: not clipped
+    """
+    if most is None:
+        return mean, log_std
+    mean, log_std = ClippedRows.apply(th.cat([mean, log_std], dim=1), most).chunk(2, dim=1)  # type: ignore[no-untyped-call]
+    return mean, log_std
 
 
 def look_ahead(

@@ -25,7 +25,7 @@ from torch.testing import assert_close
 
 from sb3_mismatch import MBPO, MnM
 from sb3_mismatch.expansion import EPS, FIRST_ENT_COEF
-from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
+from sb3_mismatch.lookahead import ClippedRows, Path, clipped, expanded_value, look_ahead
 
 GAMMA, ALPHA = 0.9, th.tensor(0.5)
 
@@ -77,6 +77,46 @@ def test_paths_follow_the_policy_and_the_dynamics():
     assert_close(steps.rewards[:, 0, 0], th.tensor([0.5, 1.5**2 / 2 + 1, 2.25**2 / 2 + 2], dtype=th.double))
     k = th.tensor(0.5, dtype=th.double, requires_grad=True)
     assert th.autograd.gradcheck(lambda k: value(k)[1], k)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(("most", "last"), [(1.0, [2.4, -3.2]), (2.0, [4.8, -6.4]), (3.0, [6.0, -8.0])])
+def test_no_row_pulls_much_harder_than_the_mean(unit, most, last):
+    """Norms of 1, 1 and 10, mean 4, in any unit of the rewards: the last row's is 4 in the same direction, or 8."""
+    pull = unit * th.tensor([[0.6, 0.8], [1.0, 0.0], [6.0, -8.0]])
+    rows = th.ones(3, 2, requires_grad=True)
+    clipped = ClippedRows.apply(rows, most)
+    assert_close(clipped, rows)
+    (gradient,) = th.autograd.grad((pull * clipped).sum(), rows)
+    assert_close(gradient / unit, th.tensor([[0.6, 0.8], [1.0, 0.0], last]))
+
+
+@pytest.mark.parametrize(("most", "expected"), [(None, 999 - 1000), (1.0, 999 - 1.999)])
+def test_a_row_in_a_thousand_does_not_drag_the_actor_along(most, expected):
+    """J falls by 1,000 μ in one row and rises by μ in 999: the sum falls, what most rows say is to rise."""
+    slope = th.ones(1000, 1)
+    slope[0] = -1000.0
+    bias = th.zeros(1, requires_grad=True)
+    mean, log_std = clipped(bias.expand(1000, 1), th.zeros(1000, 1), most)
+    assert_close(log_std, th.zeros(1000, 1))
+    (gradient,) = th.autograd.grad((slope * mean).sum(), bias)
+    assert gradient.item() == pytest.approx(expected)
+
+
+def test_values_and_entropy_are_clipped_as_one():
+    """Pulls of 3 at the mean and 4 at log σ make 5 in one row of five, and 0 in the others: both are cut to a fifth."""
+    outputs = th.zeros(2, 5, 1, requires_grad=True)
+    mean, log_std = clipped(*outputs, 1.0)
+    (gradient,) = th.autograd.grad(3 * mean[0, 0] + 4 * log_std[0, 0], outputs)
+    assert_close(gradient[:, 0, 0], th.tensor([0.6, 0.8]))
+    assert gradient[:, 1:].abs().max() == 0
+
+
+def test_no_rows_and_no_gradient_are_left_as_they_are():
+    for pull in (th.zeros(0, 2), th.zeros(3, 2)):
+        rows = th.ones_like(pull, requires_grad=True)
+        (gradient,) = th.autograd.grad((pull * ClippedRows.apply(rows, 1.0)).sum(), rows)
+        assert_close(gradient, pull)
 
 
 # -- the update --
@@ -225,6 +265,22 @@ def test_compiled_is_plain(objective, novelty, real_ratio, normalize, uncompiled
     if objective == "mbpo":
         model.world.dynamics.foretold[0] = 0
     assert_close_agents(*trained_both_ways(model))
+
+
+def test_compiled_is_plain_where_gradients_are_clipped(uncompiled, monkeypatch):  # noqa: F811
+    soon(monkeypatch)
+    model = trained(BoxEnv(), 100, real_ratio=0.5, max_row_grad_norm=0.5, compile=False)
+    plain, fast = trained_both_ways(model)
+    assert_close_agents(plain, fast)
+    model.max_row_grad_norm = None
+    unclipped, _ = trained_both_ways(model)
+    assert not th.allclose(weights(plain), weights(unclipped))
+
+
+def test_gradients_of_gsde_are_not_clipped(monkeypatch):
+    soon(monkeypatch)
+    a, b = (trained(BoxEnv(), 100, real_ratio=0.5, use_sde=True, max_row_grad_norm=most) for most in (None, 0.1))
+    assert_same(weights(a), weights(b))
 
 
 def test_compiled_is_plain_where_real_rows_alone_are_left(uncompiled, monkeypatch):  # noqa: F811

@@ -16,8 +16,6 @@ from stable_baselines3.common.save_util import load_from_pkl
 from sb3_mismatch import MnM, zoo
 from sb3_mismatch.contrib import MnMTQC
 
-pytestmark = pytest.mark.xdist_group("zoo")
-
 #: a world that is fitted in milliseconds, as `-params` takes it
 SMALL = [
     "learning_starts:40",
