@@ -192,7 +192,11 @@ def mlp(layers: Layers, weights: Weights, x: th.Tensor) -> th.Tensor:
 def act(
     spec: Spec, weights: Weights, observations: th.Tensor, noise: th.Tensor, max_row_grad_norm: float | None = None
 ) -> tuple[th.Tensor, th.Tensor]:
-    """a = tanh(μ + σ ε) and log π(a|s) = Σ log N(ε; 0, 1) - log σ - log(1 - a² + 1e-6). Shapes (n, dim), (n, 1)."""
+    """
+    a = tanh(μ + σ ε) and log π(a|s) = Σ log N(ε; 0, 1) - log σ - log(1 - a² + 1e-6). Shapes (n, dim), (n, 1).
+
+    :param max_row_grad_norm: of what flows back into μ and log σ (:func:`~sb3_mismatch.lookahead.clipped`)
+    """
     *body, w_mean, b_mean, w_std, b_std = weights
     features = mlp(spec.actor, body, observations)
     mean, log_std = F.linear(features, th.cat([w_mean, w_std]), th.cat([b_mean, b_std])).chunk(2, dim=1)
