@@ -35,8 +35,8 @@ class ClippedRows(th.autograd.Function):
     """
     The identity on (n, .), whose gradient is clipped row by row to ``most`` times the mean norm of all rows.
 
-    Through several steps of a learned world the gradients of some rows are many times as large as those of others,
-    and a minibatch would say what these few do.
+    Where the gradients of a few rows are many times as large as those of the others, as they may be through several
+    steps of a learned world, a minibatch says what these few do.
     """
 
     @staticmethod
