@@ -45,15 +45,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"gamma=1 leaves objective={objective!r} without a bound, whose log(1 - gamma) is infinite: "
             "use gamma below 1, or objective='mnm-approx'"
         )
-    for name in ("gamma", "tau", "real_ratio"):
-        if name == "real_ratio" and settings[name] == "auto":
-            continue
+    for name in ("gamma", "tau"):
         check_number(name, settings[name], 0, 1)
+    if settings["real_ratio"] != "auto":
+        check_number("real_ratio", settings["real_ratio"], 0, 1, "'auto', or ")
     if settings.get("expansion", 0) != 0:
         check_count("expansion", settings["expansion"], "0 for none, or ")
         check_number("actor_rate", settings["actor_rate"], 0, 1)
         if settings["max_row_grad_norm"] is not None:
-            check_number("max_row_grad_norm", settings["max_row_grad_norm"], 1e-3, math.inf)
+            check_number("max_row_grad_norm", settings["max_row_grad_norm"], 1e-3, math.inf, "None, or ")
     if settings["random_steps"] not in (0, "auto"):
         check_count("random_steps", settings["random_steps"], "'auto', 0 for none, or ")
     if settings["average_steps"] != 0:
@@ -78,12 +78,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
     for name in WEIGHTS:
         if settings[name] is not None:
-            check_number(name, settings[name], -math.inf if name == "novelty_weight" else 0, math.inf)
-    if isinstance(settings["reward_shift"], str):
-        if settings["reward_shift"] != "auto":
-            raise ValueError(f"reward_shift={settings['reward_shift']!r} must be a number or 'auto'")
-    else:
-        check_number("reward_shift", settings["reward_shift"], -math.inf, math.inf)
+            check_number(name, settings[name], -math.inf if name == "novelty_weight" else 0, math.inf, "None, or ")
+    if settings["reward_shift"] != "auto":
+        check_number("reward_shift", settings["reward_shift"], -math.inf, math.inf, "'auto', or ")
     check_number("reward_floor", settings["reward_floor"], 1e-30, math.inf)
     for name in FUNCTIONS:
         if settings[name] is not None and not callable(settings[name]):
@@ -118,12 +115,12 @@ def check_count(name: str, value: Any, otherwise: str = "") -> None:
         raise ValueError(f"{name}={value!r} must be {otherwise}a whole number of at least 1")
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """A finite number from ``low`` to ``high``."""
+def check_number(name: str, value: Any, low: float, high: float, otherwise: str = "") -> None:
+    """A finite number from ``low`` to ``high``; ``otherwise`` as for :func:`check_count`."""
     if not is_number(value):
-        raise TypeError(f"{name}={value!r} must be a number")
+        raise TypeError(f"{name}={value!r} must be {otherwise}a number")
     if not (low <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{name}={value!r} must be finite and lie between {low} and {high}")
+        raise ValueError(f"{name}={value!r} must be {otherwise}a finite number between {low} and {high}")
 
 
 def is_number(value: Any) -> bool:

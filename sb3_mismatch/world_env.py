@@ -79,7 +79,7 @@ class ImaginedEpisodes:
         check_count("n_envs", n_envs)
         check_count("max_episode_steps", max_episode_steps)
         if max_disagreement is not None:
-            check_number("max_disagreement", max_disagreement, 0, np.inf)
+            check_number("max_disagreement", max_disagreement, 0, np.inf, "None, or ")
         if len(starts) == 0:
             raise ValueError("starts holds no state to start from: pass at least one")
         self.observation_space, self.action_space = observation_space, action_space
