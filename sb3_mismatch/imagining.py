@@ -244,14 +244,20 @@ class Imagining(OffPolicyAlgorithm):
         if isinstance(self.replay_buffer, MixedReplayBuffer):
             return self.replay_buffer.payment
         row = self._row
+        unit, novelty_share = self._unit or 1.0, self._novelty_share
         if not row.takes_log:
-            return Payment(row, self.gamma, unit=self._unit or 1.0)
+            return Payment(row, self.gamma, unit=unit, novelty_share=novelty_share)
         assert self.replay_buffer is not None
         lowest = float(self.replay_buffer.rewards[: self.replay_buffer.size()].min())
         offset = positive_offset(str(self.objective), lowest, self.reward_shift, self.reward_floor)
         normalize = self._normalization()
         scale = 1.0 if normalize is None else normalize.reward_std
-        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale, self._unit or 1.0)
+        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale, unit, novelty_share)
+
+    @property
+    def _novelty_share(self) -> float:
+        """Who seeks what is new comes back to the task by the end of ``learn``; who keeps off it does so throughout."""
+        return max(self._current_progress_remaining, 0.0) if self._row.novelty_weight > 0 else 1.0
 
     def _normalization(self) -> Normalization | None:
         """VecNormalize's statistics as they stand now."""
@@ -412,7 +418,8 @@ class Imagining(OffPolicyAlgorithm):
 
     def _bounds(self) -> tuple[float, ...]:
         unit, payment = self._unit or 1.0, self._payment()
-        return unit, self._lowest_value / unit, self._highest_value / unit, payment.offset, payment.lowest
+        bounds = self._lowest_value / unit, self._highest_value / unit
+        return unit, *bounds, payment.offset, payment.lowest, payment.novelty_share
 
     def _value(self, flat: th.Tensor) -> th.Tensor:
         """V at raw flat observations, (n, 1), in the units of r̃, differentiable in them."""

@@ -69,7 +69,8 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param log_ratio_weight: weight of the classifier's term in the policy's reward; ``None``: the objective's own
     :param novelty_weight: what the policy earns for each nat that there is to learn, up to five, in the units of the
         rewards that the critics see: above 0 it seeks what the members of the world disagree about, for rewards that
-        chance does not find; below 0 it keeps off; ``None``: the objective's own
+        chance does not find, and is paid less and less for it, in the end nothing, over a call of ``learn``; below 0
+        it keeps off; ``None``: the objective's own
     :param adversarial_weight: weight of realism and value in the dynamics' loss; ``None``: the objective's own
     :param likelihood_weight: weight of the fit to real transitions in the dynamics' loss; ``None``: the objective's own
     :param reward_shift: added to every reward before its logarithm is taken: a number, or "auto" for as much as

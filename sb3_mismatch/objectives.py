@@ -128,7 +128,7 @@ class Objective:
         networks, losses and the classifier; what is to lean towards value has to keep its noise
     :param novelty_weight: weight of what there is to learn from a transition, in the policy's reward beside r̃: above 0
         the policy seeks what the world does not know (MaxInfoRL, Sukhija et al., 2024), below 0 it keeps off, much as
-        in MOPO (Yu et al., 2020); centred where the log-ratio is
+        in MOPO (Yu et al., 2020); centred where the log-ratio is. :class:`Payment` pays a share of it
     """
 
     reward: Callable[[th.Tensor, th.Tensor, float], th.Tensor]
@@ -193,6 +193,7 @@ class Payment:
     :param offset: added to rewards before their logarithm, in the units that the critics see
     :param lowest: the lowest reward that has a logarithm, shifted, in the same units
     :param unit: what is paid is divided by it
+    :param novelty_share: of the row's ``novelty_weight``, what is paid today
     """
 
     row: Objective
@@ -200,6 +201,7 @@ class Payment:
     offset: float = 0.0
     lowest: float = 0.0
     unit: float = 1.0
+    novelty_share: float = 1.0
 
     def real(self, rewards: th.Tensor) -> th.Tensor:
         """r̃ of real rows, which need no correction: (n, 1)."""
@@ -226,7 +228,8 @@ class Payment:
 
         paid = self._tilde(rewards, self.row.log_ratio_weight * centred(log_ratio))
         if novelty is not None:
-            paid = paid + self.row.novelty_weight * centred(novelty.clamp(max=MOST_NOVEL))
+            weight = self.row.novelty_weight * self.novelty_share
+            paid = paid + weight * centred(novelty.clamp(max=MOST_NOVEL))
         return paid / self.unit
 
     def _tilde(self, rewards: th.Tensor, log_ratio: th.Tensor) -> th.Tensor:

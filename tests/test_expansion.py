@@ -177,20 +177,26 @@ def test_the_actors_gradient_flows_through_the_learned_world(model):
     assert gradient.abs().max() > 0
 
 
-def test_novelty_is_paid_on_the_way(model):
-    """The same path with and without: what is earned besides is what there is to learn."""
+@pytest.mark.parametrize(
+    ("weight", "remaining", "paid_each"), [(2.0, 1.0, 2.0), (2.0, 0.25, 0.5), (2.0, -0.01, 0.0), (-2.0, 0.25, -2.0)]
+)
+def test_novelty_is_paid_on_the_way(model, weight, remaining, paid_each):
+    """
+    The same path with and without: what is earned besides is what there is to learn, less of it late in ``learn``
+    where it is sought.
+    """
     model._starts_each = 8
     ways = []
-    for weight in (0.0, 2.0):
+    for each in (0.0, weight):
         again = copy.deepcopy(model)
-        again.novelty_weight = weight
+        again.novelty_weight, again._current_progress_remaining = each, remaining
         ways.append(again._path_from(8))
     without, paid = ways
     assert_same(without.states, paid.states)
     pairs = without.states[:-1].flatten(0, 1), without.actions[:-1].flatten(0, 1)
     novelty = model.world.dynamics.novelty(*pairs).clamp(max=5.0).view_as(paid.rewards)
     assert novelty.max() > novelty.min()
-    assert_close(paid.rewards - without.rewards, 2.0 * novelty / model._unit, atol=1e-5, rtol=1e-3)
+    assert_close(paid.rewards - without.rewards, paid_each * novelty / model._unit, atol=1e-5, rtol=1e-3)
 
 
 def test_temperature_starts_at_a_share_of_the_rewards_unless_it_is_given():
@@ -262,6 +268,7 @@ def test_compiled_is_plain(objective, novelty, real_ratio, normalize, uncompiled
     env = environments(2, BoxEnv, normalize=normalize)
     settings = {"objective": objective, "novelty_weight": novelty, "real_ratio": real_ratio}
     model = trained(env, 160, **settings, reward_shift="auto", compile=False)
+    model._current_progress_remaining = 0.25
     if objective == "mbpo":
         model.world.dynamics.foretold[0] = 0
     assert_close_agents(*trained_both_ways(model))
