@@ -24,10 +24,10 @@ from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import get_device
 
 from sb3_mismatch import sharing
-from sb3_mismatch.averaging import Averaged
 from sb3_mismatch.checkpoints import Checkpointed
 from sb3_mismatch.files import check_zip, sealed, written
 from sb3_mismatch.randomness import RandomStreams
+from sb3_mismatch.trials import Tried
 from sb3_mismatch.world import World
 
 SelfSavedWithWorld = TypeVar("SelfSavedWithWorld", bound="SavedWithWorld")
@@ -41,7 +41,7 @@ _STATE = "world/state.pt"
 _POLICY, _LEARNER = "policy.pth", "learner.pt"
 
 
-class SavedWithWorld(Averaged, Checkpointed):
+class SavedWithWorld(Tried, Checkpointed):
     """Saves and loads ``world`` with the base algorithm, whose own class can open the zip too."""
 
     world: World
@@ -181,7 +181,8 @@ class _SavedWorld(NamedTuple):
 
     :param parameters: the world's state dicts by the names of ``get_parameters``
     :param state: where its streams stood; ``None`` where there is no world
-    :param learner: the actor that learns (:class:`~sb3_mismatch.averaging.Averaged`); ``None``: that of the policy
+    :param learner: what the policy, which is the deployed one, lacks (:class:`~sb3_mismatch.trials.Tried`); ``None``:
+        nothing
     :param pickles: settings, pickled, by name
     """
 

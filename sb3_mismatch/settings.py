@@ -58,6 +58,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_count("random_steps", settings["random_steps"], "'auto', 0 for none, or ")
     if settings["average_steps"] != 0:
         check_count("average_steps", settings["average_steps"], "0 for none, or ")
+    if settings["trial_freq"] != 0:
+        check_count("trial_freq", settings["trial_freq"], "0 for none, or ")
     for name in COUNTS:
         check_count(name, settings[name])
     if settings["imagine_freq"] is not None:

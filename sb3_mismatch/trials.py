@@ -1,0 +1,166 @@
+"""
+Trials: some episodes of training are played by the average actor alone, without exploring. What an actor earned on
+trial is kept with the best of them, and where the average actor earns clearly less, :meth:`predict` plays the best one.
+
+A policy climbs a discounted return, over which it may leave one that stands for one that runs and falls. Episodes that
+explore hardly tell, since noise makes those fall that would stand.
+
+Source: the checkpoints of TD7 (Fujimoto et al., "For SALE: State-Action Representation Learning for Deep Reinforcement
+Learning", NeurIPS 2023), which judges every policy by training episodes. Here most episodes explore.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from sb3_mismatch.averaging import Averaged, still
+
+#: The best actor plays where the last one on trial earned less by so large a share of what was gained since the first.
+LOST = 0.25
+
+
+class Trials:
+    """
+    Who was on trial, and what it earned.
+
+    :param freq: every so many episodes one is a trial
+    """
+
+    def __init__(self, freq: int) -> None:
+        self.freq = freq
+        #: episodes so far
+        self.n_episodes = 0
+        #: who plays the episode under way; ``None`` where it is no trial
+        self.actor: nn.Module | None = None
+        #: who earned most; ``None`` before the first trial
+        self.best: nn.Module | None = None
+        self.first_return = self.best_return = self.last_return = -math.inf
+
+    def begin(self, actor: nn.Module) -> None:
+        """An episode begins: where it is a trial, ``actor`` plays it, as it is now."""
+        if self.n_episodes % self.freq == self.freq - 1:
+            self.actor = still(actor)
+
+    def end(self, earned: float) -> None:
+        """The episode under way ends, over which so much was earned."""
+        self.n_episodes += 1
+        if self.actor is not None:
+            self.last_return = earned
+            if self.best is None:
+                self.first_return = earned
+            if earned >= self.best_return:
+                self.best, self.best_return = self.actor, earned
+            self.actor = None
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether the last trial earned clearly less than the best one."""
+        gained = self.best_return - self.first_return
+        return self.best is not None and self.last_return < self.best_return - LOST * gained
+
+    _numbers = ("n_episodes", "first_return", "best_return", "last_return")
+    _actors = ("actor", "best")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, and the actors' state dicts."""
+        actors = {name: getattr(self, name) for name in self._actors}
+        weights = {name: None if actor is None else actor.state_dict() for name, actor in actors.items()}
+        return {**weights, **{name: getattr(self, name) for name in self._numbers}}
+
+    def load_state_dict(self, state: Mapping[str, Any], like: nn.Module) -> None:
+        """Become those whose :meth:`state_dict` it was; their actors are built as ``like`` is."""
+        for name in self._numbers:
+            setattr(self, name, state[name])
+        for name in self._actors:
+            actor = None if state[name] is None else still(like)
+            if actor is not None:
+                actor.load_state_dict(state[name])
+            setattr(self, name, actor)
+
+
+class Tried(Averaged):
+    """An algorithm whose average actor is on trial every ``trial_freq`` episodes of the first environment."""
+
+    trial_freq: int
+    real_ratio: float | str
+    _trials: Trials | None = None
+
+    def _begin_average(self) -> None:
+        super()._begin_average()
+        self._begin_trials()
+
+    def _begin_trials(self) -> None:
+        # With real_ratio=1 this is the base algorithm, bit for bit.
+        tries = self._average is not None and self.trial_freq > 0 and self.real_ratio != 1
+        self._trials = Trials(self.trial_freq) if tries else None
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
+        """SB3's. A run that counts anew may be in another environment: trials begin anew."""
+        if reset_num_timesteps:
+            self._begin_trials()
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+
+    def _sample_action(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The base algorithm's; on trial the first environment's is the mode, without noise."""
+        actions, stored = super()._sample_action(*args, **kwargs)
+        if self._trials is not None and self._trials.actor is not None:
+            assert self._last_obs is not None
+            first = tree_map(lambda rows: rows[:1], self._last_obs)
+            mode, _ = self._with_actor(self._trials.actor).predict(first, deterministic=True)
+            scaled = self.policy.scale_action(mode)
+            actions, stored = (np.concatenate([x, rows[1:]]) for x, rows in ((mode, actions), (scaled, stored)))
+        return actions, stored
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        """SB3's. A trial ends with its episode, and the next one begins."""
+        super()._update_info_buffer(infos, dones)
+        # Without a Monitor nobody tells what was earned, and there are no trials.
+        if self._trials is None or dones is None or not dones[0] or "episode" not in infos[0]:
+            return
+        trials, fell_back, was_trial = self._trials, self._trials.falls_back, self._trials.actor is not None
+        trials.end(float(infos[0]["episode"]["r"]))
+        if was_trial:
+            self.logger.record("rollout/trial_return", trials.last_return)
+            self.logger.record("rollout/best_trial_return", trials.best_return)
+        if trials.falls_back and not fell_back and self.verbose >= 1:
+            print(
+                f"The average actor earned {trials.last_return:.1f} on trial, where {trials.best_return:.1f} was "
+                "reached before: predict() plays the actor that reached it, until a trial comes near to it again"
+            )
+        if self._average is not None and self._average.n_taken > 0:
+            trials.begin(self._average.actor)
+
+    @property
+    def _deployed_actor(self) -> nn.Module:
+        trials = self._trials
+        return trials.best if trials is not None and trials.falls_back and trials.best else super()._deployed_actor
+
+    def _learner(self) -> dict[str, Any]:
+        learner = super()._learner()
+        if self._trials is not None:
+            assert self._average is not None
+            learner |= {"average": self._average.actor.state_dict(), "trials": self._trials.state_dict()}
+        return learner
+
+    def _go_on_from(self, learner: dict[str, Any] | None) -> None:
+        super()._go_on_from(learner)
+        if learner is not None and self._average is not None and "trials" in learner:
+            self._average.actor.load_state_dict(learner["average"])
+            if self._trials is not None:
+                self._trials.load_state_dict(learner["trials"], self._average.actor)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_trials"]
