@@ -2,8 +2,7 @@
 The average actor: what :meth:`predict` plays is the mean of the actor over its last gradient steps.
 
 While it learns, a policy that walks falls a hundred gradient steps on, and walks again after as many. Its weights
-wander about what they tend to, and their mean wanders less. The average learns nothing and explores nothing: training
-is the same with and without.
+wander about what they tend to, and their mean wanders less. The average learns nothing and explores nothing.
 
 Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992). The weights of the mean
 decrease exponentially into the past, so that what was learned first is forgotten.
