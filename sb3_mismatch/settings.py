@@ -47,6 +47,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
     for name in ("gamma", "tau"):
         check_number(name, settings[name], 0, 1)
+    check_number("trial_ratio", settings["trial_ratio"], 0, 1)
     if settings["real_ratio"] != "auto":
         check_number("real_ratio", settings["real_ratio"], 0, 1, "'auto', or ")
     if settings.get("expansion", 0) != 0:
@@ -58,8 +59,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_count("random_steps", settings["random_steps"], "'auto', 0 for none, or ")
     if settings["average_steps"] != 0:
         check_count("average_steps", settings["average_steps"], "0 for none, or ")
-    if settings["trial_freq"] != 0:
-        check_count("trial_freq", settings["trial_freq"], "0 for none, or ")
     for name in COUNTS:
         check_count(name, settings[name])
     if settings["imagine_freq"] is not None:

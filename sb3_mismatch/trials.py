@@ -29,13 +29,13 @@ class Trials:
     """
     Who was on trial, and what it earned.
 
-    :param freq: every so many episodes one is a trial
+    :param ratio: trials' share of all steps
     """
 
-    def __init__(self, freq: int) -> None:
-        self.freq = freq
-        #: episodes so far
-        self.n_episodes = 0
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        #: steps of all episodes so far, of trials among them, and of the last episode
+        self.n_steps = self.n_tried = self.n_last = 0
         #: who plays the episode under way; ``None`` where it is no trial
         self.actor: nn.Module | None = None
         #: who earned most; ``None`` before the first trial
@@ -43,14 +43,16 @@ class Trials:
         self.first_return = self.best_return = self.last_return = -math.inf
 
     def begin(self, actor: nn.Module) -> None:
-        """An episode begins: where it is a trial, ``actor`` plays it, as it is now."""
-        if self.n_episodes % self.freq == self.freq - 1:
+        """An episode begins: where trials' share has room for one like the last, ``actor`` plays it, as it is now."""
+        if self.n_tried + self.n_last <= self.ratio * self.n_steps:
             self.actor = still(actor)
 
-    def end(self, earned: float) -> None:
-        """The episode under way ends, over which so much was earned."""
-        self.n_episodes += 1
+    def end(self, earned: float, n_steps: int) -> None:
+        """The episode under way ends, over which so much was earned in so many steps."""
+        self.n_steps += n_steps
+        self.n_last = n_steps
         if self.actor is not None:
+            self.n_tried += n_steps
             self.last_return = earned
             if self.best is None:
                 self.first_return = earned
@@ -64,7 +66,7 @@ class Trials:
         gained = self.best_return - self.first_return
         return self.best is not None and self.last_return < self.best_return - LOST * gained
 
-    _numbers = ("n_episodes", "first_return", "best_return", "last_return")
+    _numbers = ("n_steps", "n_tried", "n_last", "first_return", "best_return", "last_return")
     _actors = ("actor", "best")
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,9 +87,9 @@ class Trials:
 
 
 class Tried(Averaged):
-    """An algorithm whose average actor is on trial every ``trial_freq`` episodes of the first environment."""
+    """An algorithm whose average actor is on trial for ``trial_ratio`` of the first environment's steps."""
 
-    trial_freq: int
+    trial_ratio: float
     real_ratio: float | str
     _trials: Trials | None = None
 
@@ -97,8 +99,8 @@ class Tried(Averaged):
 
     def _begin_trials(self) -> None:
         # With real_ratio=1 this is the base algorithm, bit for bit.
-        tries = self._average is not None and self.trial_freq > 0 and self.real_ratio != 1
-        self._trials = Trials(self.trial_freq) if tries else None
+        tries = self._average is not None and self.trial_ratio > 0 and self.real_ratio != 1
+        self._trials = Trials(self.trial_ratio) if tries else None
 
     def _setup_learn(
         self,
@@ -131,10 +133,10 @@ class Tried(Averaged):
         if self._trials is None or dones is None or not dones[0] or "episode" not in infos[0]:
             return
         trials, fell_back, was_trial = self._trials, self._trials.falls_back, self._trials.actor is not None
-        trials.end(float(infos[0]["episode"]["r"]))
+        trials.end(float(infos[0]["episode"]["r"]), int(infos[0]["episode"]["l"]))
         if was_trial:
-            self.logger.record("rollout/trial_return", trials.last_return)
-            self.logger.record("rollout/best_trial_return", trials.best_return)
+            self.logger.record("trials/return", trials.last_return)
+            self.logger.record("trials/best_return", trials.best_return)
         if trials.falls_back and not fell_back and self.verbose >= 1:
             print(
                 f"The average actor earned {trials.last_return:.1f} on trial, where {trials.best_return:.1f} was "

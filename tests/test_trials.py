@@ -59,38 +59,59 @@ def watched(env, steps, kind=MnM, **changed):
 # -- what they are --
 
 
-def test_one_of_freq_episodes_is_one_and_the_best_is_kept():
-    trials, actor = Trials(3), linear(0.0)
-    tried = []
-    for episode, earned in enumerate([1, 2, 10, 9, 9, 30, 50, 50, 26, 7, 7, 20]):
+def test_the_best_is_kept():
+    trials, actor = Trials(1.0), linear(0.0)
+    for episode, earned in enumerate([10, 9, 30, 26]):
         with th.no_grad():
             actor.weight.fill_(float(episode))
         trials.begin(actor)
         with th.no_grad():
             actor.weight.fill_(-1.0)  # It learns on while it is on trial.
-        tried.append(trials.actor is not None)
-        trials.end(earned)
+        trials.end(earned, 0)
         assert trials.actor is None
-        if episode == 8:
-            # 26 of 10 to 30: less than a quarter is lost.
-            assert not trials.falls_back
-    assert tried == [False, False, True] * 4
-    assert (trials.first_return, trials.best_return, trials.last_return) == (10, 30, 20)
-    assert trials.best.weight.item() == 5
+    # 26 of 10 to 30: less than a quarter is lost.
+    assert not trials.falls_back
+    trials.begin(actor)
+    trials.end(20, 0)
     assert trials.falls_back
+    trials.end(0, 0)  # Not on trial.
+    assert (trials.first_return, trials.best_return, trials.last_return) == (10, 30, 20)
+    assert trials.best.weight.item() == 2
+
+
+@pytest.mark.parametrize(
+    ("ratio", "lengths", "expected"),
+    [
+        (0.2, [10] * 11, [5, 10]),
+        (0.5, [10] * 5, [2, 4]),
+        (1.0, [10] * 3, [1, 2]),
+        # One that outlives those before it is paid for by more of them.
+        (0.2, [10, 10, 10, 10, 10, 100, 10, *[50] * 20], [5, 19, 24]),
+    ],
+)
+def test_steps_on_trial_are_so_large_a_share(ratio, lengths, expected):
+    trials, tried = Trials(ratio), []
+    for episode, length in enumerate(lengths):
+        if episode > 0:  # The first one begins before anybody has learned.
+            trials.begin(linear(0.0))
+        if trials.actor is not None:
+            tried.append(episode)
+        trials.end(0.0, length)
+    assert tried == expected
+    assert trials.n_tried == sum(lengths[i] for i in tried)
 
 
 @pytest.mark.parametrize("returns", [[], [3.0], [-3.0], [-5.0, -3.0, -3.5]])
 def test_without_a_loss_nothing_falls_back(returns):
-    trials = Trials(1)
+    trials = Trials(1.0)
     for earned in returns:
         trials.begin(linear(0.0))
-        trials.end(earned)
+        trials.end(earned, 0)
     assert not trials.falls_back
 
 
 def test_the_share_that_may_be_lost():
-    trials = Trials(1)
+    trials = Trials(1.0)
     for earned, falls_back in [
         (-100, False),
         (0, False),
@@ -99,7 +120,7 @@ def test_the_share_that_may_be_lost():
         (0, False),
     ]:
         trials.begin(linear(0.0))
-        trials.end(earned)
+        trials.end(earned, 0)
         assert trials.falls_back == falls_back
 
 
@@ -109,9 +130,9 @@ def test_the_share_that_may_be_lost():
 @pytest.mark.parametrize("kind", [MnM, MnMTQC, MnMCrossQ])
 def test_the_average_as_it_was_plays_without_noise(kind):
     noise = NormalActionNoise(np.zeros(2), np.ones(2))
-    _, watch = watched(BoxEnv(high=2.0), 220, kind, action_noise=noise)
+    _, watch = watched(BoxEnv(high=2.0), 230, kind, action_noise=noise)
     # Episodes of 20 steps; until learning_starts=50 nobody has learned.
-    assert [i // 20 for i in range(0, 220, 20) if watch.on_trial[i]] == [4, 9]
+    assert [i // 20 for i in range(0, 230, 20) if watch.on_trial[i]] == [5, 10]
     assert sum(watch.on_trial) == 40
     at = np.flatnonzero(watch.on_trial)
     np.testing.assert_allclose(np.array(watch.asked)[at], watch.modes, rtol=1e-6)
@@ -121,8 +142,8 @@ def test_the_average_as_it_was_plays_without_noise(kind):
 
 
 def test_whoever_has_not_learned_is_not_tried():
-    _, watch = watched(BoxEnv(), 180, learning_starts=95)
-    assert not any(watch.on_trial)
+    _, watch = watched(BoxEnv(), 140, learning_starts=105)
+    assert watch.on_trial == [False] * 120 + [True] * 20
 
 
 def test_other_environments_explore_meanwhile():
@@ -130,19 +151,20 @@ def test_other_environments_explore_meanwhile():
     assert sum(watch.on_trial) == 20
     asked, modes = np.array(watch.asked)[watch.on_trial], np.array(watch.modes)
     np.testing.assert_allclose(asked[:, 0], modes[:, 0], rtol=1e-6)
-    assert (np.abs(asked[:, 1:] - modes[:, 1:]) > 1e-3).mean() > 0.9
+    for others in (modes[:, 1:], asked[:, :1]):
+        assert (np.abs(asked[:, 1:] - others) > 1e-3).mean() > 0.9
 
 
 def test_dict_observations():
     space = gym.spaces.Dict({"a": gym.spaces.Box(-9, 9, (3,)), "b": gym.spaces.Box(-9, 9, (2,))})
-    _, watch = watched(BoxEnv(space), 110)
+    _, watch = watched(BoxEnv(space), 120)
     assert sum(watch.on_trial) == 20
 
 
 @pytest.mark.parametrize(
     ("kind", "changed"),
-    [(MnM, {"trial_freq": 0}), (MnM, {"average_steps": 0}), (MnM, {"real_ratio": 1.0}), (MBPO, {})],
-    ids=["freq", "average", "base", "mbpo"],
+    [(MnM, {"trial_ratio": 0}), (MnM, {"average_steps": 0}), (MnM, {"real_ratio": 1.0}), (MBPO, {})],
+    ids=["ratio", "average", "base", "mbpo"],
 )
 def test_who_has_none(kind, changed):
     assert trained(BoxEnv(), 150, kind, **changed)._trials is None
@@ -158,11 +180,11 @@ def test_none_without_a_monitor():
 
 def fallen(kind=MnM, **changed):
     """An agent whose second trial earned less than its first two, and the actor that earned most."""
-    model = trained(BoxEnv(), 150, kind, trial_freq=1, **changed)
+    model = trained(BoxEnv(), 150, kind, trial_ratio=1.0, **changed)
     model._begin_trials()
     for earned in (-30.0, -1.0, -20.0):
         model._trials.begin(model._average.actor)
-        model._update_info_buffer([{"episode": {"r": earned, "l": 20}}], np.array([True]))
+        model._update_info_buffer([{"episode": {"r": earned, "l": 0}}], np.array([True]))
         if earned == -1.0:
             best = actions(model)
         with th.no_grad():
@@ -176,14 +198,14 @@ def test_predict_plays_the_best_where_the_last_is_behind(kind, capsys):
     assert (actions(model) == best).all()
     assert not np.allclose(best, actions(model._with_actor(model._average.actor)))
     assert "The average actor earned -20.0 on trial, where -1.0 was reached before" in capsys.readouterr().out
-    model._update_info_buffer([{"episode": {"r": -2.0, "l": 20}}], np.array([True]))
+    model._update_info_buffer([{"episode": {"r": -2.0, "l": 0}}], np.array([True]))
     assert (actions(model) == actions(model._with_actor(model._average.actor))).all()
 
 
 def test_they_are_logged():
     model, _ = fallen()
-    assert model.logger.name_to_value["rollout/trial_return"] == -20
-    assert model.logger.name_to_value["rollout/best_trial_return"] == -1
+    assert model.logger.name_to_value["trials/return"] == -20
+    assert model.logger.name_to_value["trials/best_return"] == -1
 
 
 def test_a_run_that_counts_anew_begins_them_anew():
@@ -208,7 +230,7 @@ def test_a_zip_holds_them_and_sac_plays_the_best(changed, tmp_path):
     assert_same(loaded._trials.state_dict(), model._trials.state_dict())
     assert_same(loaded._average.actor.state_dict(), model._average.actor.state_dict())
     assert (actions(loaded.policy) == actions(model.policy)).all()
-    without = MnM.load(tmp_path / "agent", trial_freq=0)
+    without = MnM.load(tmp_path / "agent", trial_ratio=0)
     assert (actions(without) == actions(model._with_actor(model._average.actor))).all()
     model.set_parameters(SAC.load(tmp_path / "agent").get_parameters())
     assert model._trials.best is None
@@ -216,7 +238,7 @@ def test_a_zip_holds_them_and_sac_plays_the_best(changed, tmp_path):
 
 def test_a_run_is_continued_in_the_middle_of_one(tmp_path, monkeypatch):
     soon(monkeypatch)
-    settings = {"stop": 300, "more": 250, "trial_freq": 2}
+    settings = {"stop": 500, "more": 250, "trial_ratio": 0.5}
     continued, whole = resumed_and_not(tmp_path, lambda: pendulums(1), **settings)
-    assert whole["trials"]["n_episodes"] == 2
+    assert whole["trials"]["n_tried"] == 200
     assert_same(continued, whole)

@@ -51,7 +51,7 @@ def test_e2_what_else_sac_does_in_training():
     assert model.policy.training
     for optimizer in (model.critic.optimizer, model.ent_coef_optimizer):
         assert optimizer.param_groups[0]["lr"] == 5e-4
-    assert model.actor.optimizer.param_groups[0]["lr"] == 0.1**0.5 * 5e-4
+    assert model.actor.optimizer.param_groups[0]["lr"] == model.actor_rate**0.5 * 5e-4
     assert [group["lr"] for group in model.world.dynamics_optimizer.param_groups] == rates
 
 
