@@ -1,6 +1,6 @@
 """
-Trials: some episodes of training are played by the average actor alone, without exploring. What an actor earned on
-trial is kept with the best of them, and where the average actor earns clearly less, :meth:`predict` plays the best one.
+Trials: some episodes of training are played by the average actor alone, without exploring. The actor that earned most
+on trial is kept, and where the average actor earns clearly less, :meth:`predict` plays the kept one.
 
 A policy climbs a discounted return, over which it may leave one that stands for one that runs and falls. Episodes that
 explore hardly tell, since noise makes those fall that would stand.
@@ -23,6 +23,8 @@ from sb3_mismatch.averaging import Averaged, still
 
 #: The best actor plays where the last one on trial earned less by so large a share of what was gained since the first.
 LOST = 0.25
+#: and where so many of the last episodes that explored earned less on average: by them the best one is out of date.
+RECENT = 5
 
 
 class Trials:
@@ -41,6 +43,8 @@ class Trials:
         #: who earned most; ``None`` before the first trial
         self.best: nn.Module | None = None
         self.first_return = self.best_return = self.last_return = -math.inf
+        #: what the last episodes that were no trials earned
+        self.explored: list[float] = []
 
     def begin(self, actor: nn.Module) -> None:
         """An episode begins: where trials' share has room for one like the last, ``actor`` plays it, as it is now."""
@@ -51,7 +55,9 @@ class Trials:
         """The episode under way ends, over which so much was earned in so many steps."""
         self.n_steps += n_steps
         self.n_last = n_steps
-        if self.actor is not None:
+        if self.actor is None:
+            self.explored = [*self.explored, earned][-RECENT:]
+        else:
             self.n_tried += n_steps
             self.last_return = earned
             if self.best is None:
@@ -61,23 +67,24 @@ class Trials:
             self.actor = None
 
     @property
-    def falls_back(self) -> bool:
-        """Whether the last trial earned clearly less than the best one."""
+    def fallback(self) -> nn.Module | None:
+        """The best actor, where the last trial earned clearly less than it did, and those that explore do too."""
         gained = self.best_return - self.first_return
-        return self.best is not None and self.last_return < self.best_return - LOST * gained
+        is_behind = self.last_return < self.best_return - LOST * gained
+        return self.best if is_behind and np.mean(self.explored or -math.inf) < self.best_return else None
 
-    _numbers = ("n_steps", "n_tried", "n_last", "first_return", "best_return", "last_return")
+    _plain = ("n_steps", "n_tried", "n_last", "first_return", "best_return", "last_return", "explored")
     _actors = ("actor", "best")
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, and the actors' state dicts."""
+        """What is plain, and the actors' state dicts."""
         actors = {name: getattr(self, name) for name in self._actors}
         weights = {name: None if actor is None else actor.state_dict() for name, actor in actors.items()}
-        return {**weights, **{name: getattr(self, name) for name in self._numbers}}
+        return {**weights, **{name: getattr(self, name) for name in self._plain}}
 
     def load_state_dict(self, state: Mapping[str, Any], like: nn.Module) -> None:
         """Become those whose :meth:`state_dict` it was; their actors are built as ``like`` is."""
-        for name in self._numbers:
+        for name in self._plain:
             setattr(self, name, state[name])
         for name in self._actors:
             actor = None if state[name] is None else still(like)
@@ -132,12 +139,12 @@ class Tried(Averaged):
         # Without a Monitor nobody tells what was earned, and there are no trials.
         if self._trials is None or dones is None or not dones[0] or "episode" not in infos[0]:
             return
-        trials, fell_back, was_trial = self._trials, self._trials.falls_back, self._trials.actor is not None
+        trials, fell_back, was_trial = self._trials, self._trials.fallback, self._trials.actor
         trials.end(float(infos[0]["episode"]["r"]), int(infos[0]["episode"]["l"]))
-        if was_trial:
+        if was_trial is not None:
             self.logger.record("trials/return", trials.last_return)
             self.logger.record("trials/best_return", trials.best_return)
-        if trials.falls_back and not fell_back and self.verbose >= 1:
+        if trials.fallback is not None and fell_back is None and self.verbose >= 1:
             print(
                 f"The average actor earned {trials.last_return:.1f} on trial, where {trials.best_return:.1f} was "
                 "reached before: predict() plays the actor that reached it, until a trial comes near to it again"
@@ -147,8 +154,8 @@ class Tried(Averaged):
 
     @property
     def _deployed_actor(self) -> nn.Module:
-        trials = self._trials
-        return trials.best if trials is not None and trials.falls_back and trials.best else super()._deployed_actor
+        fallback = None if self._trials is None else self._trials.fallback
+        return super()._deployed_actor if fallback is None else fallback
 
     def _learner(self) -> dict[str, Any]:
         learner = super()._learner()

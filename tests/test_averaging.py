@@ -76,7 +76,7 @@ def test_running_statistics_are_averaged_too():
 
 @pytest.mark.parametrize("kind", [MnM, MnMTQC, MnMCrossQ])
 def test_it_follows_each_gradient_step_and_changes_nothing_of_training(kind):
-    followed = trained(BoxEnv(), 150, kind, gradient_steps=3, trial_ratio=0)
+    followed = trained(BoxEnv(), 150, kind, gradient_steps=3)
     alone = trained(BoxEnv(), 150, kind, gradient_steps=3, average_steps=0)
     assert alone._average is None
     assert_same(followed.get_parameters(), alone.get_parameters())

@@ -51,7 +51,7 @@ class Watch(BaseCallback):
 
 
 def watched(env, steps, kind=MnM, **changed):
-    model, watch = trained(env, 1, kind, **changed), Watch()
+    model, watch = trained(env, 1, kind, **{"trial_ratio": 0.2, **changed}), Watch()
     model.learn(steps, callback=watch)
     return model, watch
 
@@ -70,10 +70,10 @@ def test_the_best_is_kept():
         trials.end(earned, 0)
         assert trials.actor is None
     # 26 of 10 to 30: less than a quarter is lost.
-    assert not trials.falls_back
+    assert trials.fallback is None
     trials.begin(actor)
     trials.end(20, 0)
-    assert trials.falls_back
+    assert trials.fallback is trials.best
     trials.end(0, 0)  # Not on trial.
     assert (trials.first_return, trials.best_return, trials.last_return) == (10, 30, 20)
     assert trials.best.weight.item() == 2
@@ -107,7 +107,7 @@ def test_without_a_loss_nothing_falls_back(returns):
     for earned in returns:
         trials.begin(linear(0.0))
         trials.end(earned, 0)
-    assert not trials.falls_back
+    assert trials.fallback is None
 
 
 def test_the_share_that_may_be_lost():
@@ -121,7 +121,19 @@ def test_the_share_that_may_be_lost():
     ]:
         trials.begin(linear(0.0))
         trials.end(earned, 0)
-        assert trials.falls_back == falls_back
+        assert (trials.fallback is trials.best) == falls_back
+
+
+def test_who_explores_may_have_overtaken_the_best():
+    trials = Trials(0.5)
+    for earned in (-5.0, 40.0, 20.0):
+        trials.actor = linear(0.0)
+        trials.end(earned, 1)
+    for earned, falls_back in [(20.0, True), (50.0, True), (60.0, False), (10.0, True), (0.0, True), (90.0, False)]:
+        assert trials.actor is None
+        trials.end(earned, 1)
+        assert (trials.fallback is trials.best) == falls_back
+    # Of the last five, 50, 60, 10, 0 and 90, the mean is 42.
 
 
 # -- who plays them --
@@ -163,8 +175,13 @@ def test_dict_observations():
 
 @pytest.mark.parametrize(
     ("kind", "changed"),
-    [(MnM, {"trial_ratio": 0}), (MnM, {"average_steps": 0}), (MnM, {"real_ratio": 1.0}), (MBPO, {})],
-    ids=["ratio", "average", "base", "mbpo"],
+    [
+        (MnM, {}),
+        (MnM, {"trial_ratio": 0.2, "average_steps": 0}),
+        (MnM, {"trial_ratio": 0.2, "real_ratio": 1.0}),
+        (MBPO, {"trial_ratio": 0.2}),
+    ],
+    ids=["default", "average", "base", "mbpo"],
 )
 def test_who_has_none(kind, changed):
     assert trained(BoxEnv(), 150, kind, **changed)._trials is None

@@ -211,7 +211,7 @@ def test_c12_imagined_rows_are_lazy_bounded_and_not_saved():
     assert len(model.world.imagined) == 0
     sizes = []
     for steps in (60, 400):
-        model = trained(BoxEnv(), steps, imagined_per_step=3, trial_ratio=0)
+        model = trained(BoxEnv(), steps, imagined_per_step=3)
         archive = io.BytesIO()
         model.save(archive)
         sizes.append(len(archive.getvalue()))
