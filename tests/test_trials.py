@@ -215,6 +215,9 @@ def test_predict_plays_the_best_where_the_last_is_behind(kind, capsys):
     assert (actions(model) == best).all()
     assert not np.allclose(best, actions(model._with_actor(model._average.actor)))
     assert "The average actor earned -20.0 on trial, where -1.0 was reached before" in capsys.readouterr().out
+    model._update_info_buffer([{"episode": {"r": -25.0, "l": 0}}], np.array([True]))
+    assert (actions(model) == best).all()
+    assert "The average actor" not in capsys.readouterr().out  # Told once.
     model._update_info_buffer([{"episode": {"r": -2.0, "l": 0}}], np.array([True]))
     assert (actions(model) == actions(model._with_actor(model._average.actor))).all()
 
@@ -240,11 +243,13 @@ def test_a_run_that_counts_anew_begins_them_anew():
 def test_a_zip_holds_them_and_sac_plays_the_best(changed, tmp_path):
     model, best = fallen(**changed)
     model._trials.begin(model._average.actor)
+    model._trials.n_last, model._trials.explored = 3, [-4.0, -5.0]
     model.save(tmp_path / "agent")
     assert (actions(SAC.load(tmp_path / "agent")) == best).all()
     loaded = MnM.load(tmp_path / "agent")
     assert (actions(loaded) == best).all()
     assert_same(loaded._trials.state_dict(), model._trials.state_dict())
+    assert (loaded._trials.n_last, loaded._trials.explored) == (3, [-4.0, -5.0])
     assert_same(loaded._average.actor.state_dict(), model._average.actor.state_dict())
     assert (actions(loaded.policy) == actions(model.policy)).all()
     without = MnM.load(tmp_path / "agent", trial_ratio=0)
