@@ -238,7 +238,7 @@ def test_the_actors_rate_falls_further_than_its_critics():
             pairs.append([part.optimizer.param_groups[0]["lr"] / 2e-3 for part in (model.actor, model.critic)])
         return np.array(pairs)
 
-    np.testing.assert_allclose(rates(), [[1, 1], [0.1**0.5, 1], [0.1, 1]])
+    np.testing.assert_allclose(rates(), [[1, 1], [0.3**0.5, 1], [0.3, 1]])
     np.testing.assert_allclose(rates(actor_rate=0.25), [[1, 1], [0.5, 1], [0.25, 1]])
     for settings in ({"actor_rate": 1.0}, {"expansion": 0}, {"real_ratio": 1.0}):
         assert (rates(**settings) == 1).all()
