@@ -4,8 +4,8 @@ The zip: SAC's members, and the learned world beside them.
 ``SAC.load`` reads every ``*.pth`` member as a part of SAC and stops at one that it does not know, and it unpickles all
 of ``data``. So the world's members are named ``world/*.pt``, and a user's objective and functions, which may need this
 package or the user's, are pickled as ``world/*.pkl``. The policy in ``policy.pth`` is the deployed one, which SAC is to
-play as well; the actor that learns stands in ``learner.pt``. Nothing is unpickled before the whole zip is known to be
-what was written (:mod:`sb3_mismatch.files`).
+play as well; the actor that learns and those of trials stand in ``learner.pt``. Nothing is unpickled before the whole
+zip is known to be what was written (:mod:`sb3_mismatch.files`).
 """
 
 import io

@@ -23,7 +23,7 @@ from sb3_mismatch.averaging import Averaged, still
 
 #: The best actor plays where the last one on trial earned less by so large a share of what was gained since the first.
 LOST = 0.25
-#: and where so many of the last episodes that explored earned less on average: by them the best one is out of date.
+#: So many of the last episodes that explored must earn less on average too, or else the best actor is out of date.
 RECENT = 5
 
 
