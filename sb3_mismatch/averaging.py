@@ -2,7 +2,8 @@
 The average actor: what :meth:`predict` plays is the mean of the actor over its last gradient steps.
 
 While it learns, a policy that walks falls a hundred gradient steps on, and walks again after as many. Its weights
-wander about what they tend to, and their mean wanders less. The average learns nothing and explores nothing.
+wander about what they tend to, and their mean wanders less. The average learns nothing and explores nothing: training
+is the same with and without.
 
 Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992). The weights of the mean
 decrease exponentially into the past, so that what was learned first is forgotten.
@@ -33,7 +34,7 @@ class Average:
     """
 
     def __init__(self, actor: nn.Module, n_steps: int) -> None:
-        self.actor, self.n_steps = still(actor), n_steps
+        self.actor, self.n_steps = _still(actor), n_steps
         #: gradient steps of the actor so far
         self.n_taken = 0
 
@@ -82,17 +83,11 @@ class Averaged(OffPolicyAlgorithm):
 
     @property
     def deployed_policy(self) -> BasePolicy:
-        """What :meth:`predict` plays: ``policy`` with the actor that is deployed, not compiled; all else is shared."""
-        return self.policy if self._average is None else self._with_actor(self._deployed_actor)
-
-    @property
-    def _deployed_actor(self) -> nn.Module:
-        assert self._average is not None
-        return self._average.actor
-
-    def _with_actor(self, actor: nn.Module) -> BasePolicy:
-        policy: BasePolicy = copy.copy(getattr(self.policy, "_orig_mod", self.policy))
-        policy._modules = {**policy._modules, "actor": actor}
+        """What :meth:`predict` plays: ``policy`` with the average actor, not compiled; all else is shared."""
+        if self._average is None:
+            return self.policy
+        policy = copy.copy(getattr(self.policy, "_orig_mod", self.policy))
+        policy._modules = {**policy._modules, "actor": self._average.actor}
         return policy
 
     def _sample_action(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +120,7 @@ class Averaged(OffPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_average", "_is_rolling"]
 
 
-def still(actor: nn.Module) -> nn.Module:
+def _still(actor: nn.Module) -> nn.Module:
     """A copy of an actor that does not learn. It shares the distribution, and so the matrices of gSDE's noise."""
     distribution = getattr(actor, "action_dist", None)
     copied: Any = copy.deepcopy(actor, {id(distribution): distribution})

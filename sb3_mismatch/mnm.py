@@ -84,10 +84,6 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param fit_kwargs: arguments of :class:`~sb3_mismatch.fitting.FitSettings`
     :param average_steps: ``predict`` plays the mean of the actor over its last gradient steps, about so many of them
         (:mod:`sb3_mismatch.averaging`); 0: the actor as it is, as in SB3
-    :param trial_ratio: so large a share of the first environment's steps belongs to trials, episodes that the average
-        actor plays without exploring. Where it earned clearly less on its last than an earlier one did, ``predict``
-        plays that one (:mod:`sb3_mismatch.trials`); 0: no trials. There are none without an average, with
-        ``real_ratio=1`` or without SB3's ``Monitor``, which tells what was earned
     :param figures_every: fits of the world between two sets of pictures of it in TensorBoard, where the logger writes
         there; 0: none
     """
@@ -120,7 +116,6 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         classifier_kwargs: dict[str, Any] | None = None,
         fit_kwargs: dict[str, Any] | None = None,
         average_steps: int = 1000,
-        trial_ratio: float = 0.0,
         figures_every: int = 50,
         _init_setup_model: bool = True,
         **kwargs: Any,
@@ -150,7 +145,6 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.classifier_kwargs = classifier_kwargs
         self.fit_kwargs = fit_kwargs
         self.average_steps = average_steps
-        self.trial_ratio = trial_ratio
         self.figures_every = figures_every
         self._fitted_at: int | None = None
         self._imagined_at = 0

@@ -4,8 +4,8 @@ The zip: SAC's members, and the learned world beside them.
 ``SAC.load`` reads every ``*.pth`` member as a part of SAC and stops at one that it does not know, and it unpickles all
 of ``data``. So the world's members are named ``world/*.pt``, and a user's objective and functions, which may need this
 package or the user's, are pickled as ``world/*.pkl``. The policy in ``policy.pth`` is the deployed one, which SAC is to
-play as well; the actor that learns and those of trials stand in ``learner.pt``. Nothing is unpickled before the whole
-zip is known to be what was written (:mod:`sb3_mismatch.files`).
+play as well; the actor that learns stands in ``learner.pt``. Nothing is unpickled before the whole zip is known to be
+what was written (:mod:`sb3_mismatch.files`).
 """
 
 import io
@@ -24,10 +24,10 @@ from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.utils import get_device
 
 from sb3_mismatch import sharing
+from sb3_mismatch.averaging import Averaged
 from sb3_mismatch.checkpoints import Checkpointed
 from sb3_mismatch.files import check_zip, sealed, written
 from sb3_mismatch.randomness import RandomStreams
-from sb3_mismatch.trials import Tried
 from sb3_mismatch.world import World
 
 SelfSavedWithWorld = TypeVar("SelfSavedWithWorld", bound="SavedWithWorld")
@@ -41,7 +41,7 @@ _STATE = "world/state.pt"
 _POLICY, _LEARNER = "policy.pth", "learner.pt"
 
 
-class SavedWithWorld(Tried, Checkpointed):
+class SavedWithWorld(Averaged, Checkpointed):
     """Saves and loads ``world`` with the base algorithm, whose own class can open the zip too."""
 
     world: World
@@ -181,8 +181,7 @@ class _SavedWorld(NamedTuple):
 
     :param parameters: the world's state dicts by the names of ``get_parameters``
     :param state: where its streams stood; ``None`` where there is no world
-    :param learner: what the policy, which is the deployed one, lacks (:class:`~sb3_mismatch.trials.Tried`); ``None``:
-        nothing
+    :param learner: the actor that learns (:class:`~sb3_mismatch.averaging.Averaged`); ``None``: that of the policy
     :param pickles: settings, pickled, by name
     """
 

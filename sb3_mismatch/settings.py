@@ -47,7 +47,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
     for name in ("gamma", "tau"):
         check_number(name, settings[name], 0, 1)
-    check_number("trial_ratio", settings["trial_ratio"], 0, 1)
     if settings["real_ratio"] != "auto":
         check_number("real_ratio", settings["real_ratio"], 0, 1, "'auto', or ")
     if settings.get("expansion", 0) != 0:

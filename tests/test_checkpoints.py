@@ -57,7 +57,6 @@ def everything(model):
         "place": [model.replay_buffer.pos, model.replay_buffer.full],
         "average": None if model._average is None else model._average.actor.state_dict(),
         "averaged": None if model._average is None else model._average.n_taken,
-        "trials": None if model._trials is None else model._trials.state_dict(),
     }
 
 

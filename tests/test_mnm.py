@@ -308,7 +308,6 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"actor_rate": "slow"}, "actor_rate='slow' must be a number"),
         ({"max_row_grad_norm": 0}, "max_row_grad_norm=0 must be None, or a finite number between 0.001 and inf"),
         ({"max_row_grad_norm": "all"}, "max_row_grad_norm='all' must be None, or a number"),
-        ({"trial_ratio": 1.5}, "trial_ratio=1.5 must be a finite number between 0 and 1"),
         ({"actor_rate": -0.1}, "actor_rate=-0.1 must be a finite number between 0 and 1"),
         ({"horizon": 0}, "horizon=0 must be a whole number of at least 1"),
         ({"horizon": 1.5}, "horizon=1.5"),

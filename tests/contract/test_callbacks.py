@@ -48,7 +48,7 @@ class Kept(Logger):
 
 
 def test_h1_sacs_keys_keep_their_names_and_meaning(tmp_path):
-    model = agent(tensorboard_log=str(tmp_path), use_sde=True, trial_ratio=1.0)
+    model = agent(tensorboard_log=str(tmp_path), use_sde=True)
     model.learn(100, log_interval=1)
     model.logger.close()
     events = EventAccumulator(str(tmp_path / "MnM_1"))
@@ -58,7 +58,7 @@ def test_h1_sacs_keys_keep_their_names_and_meaning(tmp_path):
     assert [event.step for event in events.Scalars("rollout/ep_len_mean")] == [20, 40, 60, 80, 100]
     assert {event.value for event in events.Scalars("rollout/ep_len_mean")} == {20}
     ours = {name.split("/")[0] for name in set(events.Tags()["scalars"]) - SAC_KEYS}
-    assert ours == {"dynamics", "classifier", "imagination", "train", "trials"}
+    assert ours == {"dynamics", "classifier", "imagination", "train"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -17,7 +17,7 @@ from sb3_mismatch import MBPO, VMBPO, MnM
 OURS = list(world_settings(objective="mbpo", real_ratio=0.5, horizon=2, imagined_n_steps=2))
 OURS += ["log_ratio_weight", "novelty_weight", "adversarial_weight", "likelihood_weight"]
 OURS += ["reward_shift", "reward_floor"]
-OURS += ["termination_fn", "reward_fn", "figures_every", "average_steps", "trial_ratio"]
+OURS += ["termination_fn", "reward_fn", "figures_every", "average_steps"]
 OURS += ["expansion", "actor_rate", "max_row_grad_norm", "imagine_freq", "random_steps"]
 
 
