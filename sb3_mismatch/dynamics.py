@@ -65,7 +65,8 @@ class EnsembleMLP(nn.Module):
             x = layer(x, members)
             if self.layer_norm:
                 x = F.layer_norm(x, x.shape[-1:])
-            x = F.silu(x)
+            # What is allocated anew has to be paged in.
+            x = F.silu(x, inplace=not th.is_grad_enabled())
         out: th.Tensor = last(x, members)
         return out
 
