@@ -31,6 +31,7 @@ from sb3_mismatch.lookahead import Path, clipped, expanded_value, look_ahead
 from sb3_mismatch.objectives import Objective, Payment
 from sb3_mismatch.products import faster_products
 from sb3_mismatch.replaying import Replayed
+from sb3_mismatch.trust import trusted
 
 #: what an activation without parameters computes
 ACTIVATIONS: dict[type[nn.Module], Callable[[th.Tensor], th.Tensor]] = {
@@ -68,6 +69,7 @@ class Ahead(NamedTuple):
     objective: Objective
     gamma: float
     max_row_grad_norm: float | None
+    trust_quantile: float | None
 
 
 class Spec(NamedTuple):
@@ -349,6 +351,12 @@ def update_ahead(
         paid = payment.imagined(rewards, log_ratio, th.ones_like(rewards), novelty)
         return paid, 1 - dynamics.end_probability(transition[2])
 
+    def trust(states: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        if ahead.trust_quantile is None:
+            return th.ones_like(actions[..., :1])
+        novelty = dynamics.novelty(states.flatten(0, 1), actions.flatten(0, 1)).view_as(actions[..., :1])
+        return trusted(novelty, ahead.trust_quantile)
+
     def path(weights: Weights) -> Path:
         noise = iter(starts.noise)
         return look_ahead(
@@ -357,6 +365,7 @@ def update_ahead(
             earned,
             starts.states,
             ahead.steps,
+            trust,
         )
 
     climbed, policy_gradient = th.func.vjp(path, state.actor.weights)  # type: ignore[misc]
@@ -367,7 +376,8 @@ def update_ahead(
     alpha = ent_coef / numbers.unit
 
     def value(critics: Weights, path: Path) -> th.Tensor:
-        last = lowest(values(spec, critics, seen(path.states[-1]), path.actions[-1])) - alpha * path.log_prob[-1]
+        states, actions, log_prob = path.reached()
+        last = lowest(values(spec, critics, seen(states), actions)) - alpha * log_prob
         return expanded_value(path, last, alpha, ahead.gamma)
 
     targets = (value(state.target, climbed) + alpha * climbed.log_prob[0]).clamp(

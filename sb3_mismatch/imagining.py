@@ -32,6 +32,7 @@ from sb3_mismatch.observations import Normalization, Observations, TensorObserva
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.settings import WEIGHTS, check_count
 from sb3_mismatch.standardising import first_layers, least, standardised
+from sb3_mismatch.trust import trusted
 from sb3_mismatch.world import World
 from sb3_mismatch.world_env import FORMS, ImaginedEpisodes
 
@@ -56,6 +57,7 @@ class Imagining(OffPolicyAlgorithm):
     #: Steps that the update itself looks ahead; none under algorithms that know nothing of it.
     expansion: int = 0
     max_row_grad_norm: float | None = None
+    trust_quantile: float | None = None
     _unit: float | None = None
     _lowest_value: float
     _highest_value: float
@@ -350,9 +352,9 @@ class Imagining(OffPolicyAlgorithm):
             return th.zeros_like(actions[..., :1])
         return self.world.classifier.log_ratio(observations, actions, next_observations)
 
-    def _novelty(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """What there is to learn at each pair, (..., 1); zero where the objective does not pay for it."""
-        if self._row.novelty_weight == 0:
+    def _novelty(self, observations: th.Tensor, actions: th.Tensor, needed: bool = False) -> th.Tensor:
+        """What there is to learn at each pair, (..., 1); zero where it is not ``needed`` nor paid by the objective."""
+        if self._row.novelty_weight == 0 and not needed:
             return th.zeros_like(actions[..., :1])
         flat = (x.flatten(0, -2) for x in (observations, actions))
         return self.world.dynamics.novelty(*flat).view_as(actions[..., :1])
@@ -382,16 +384,21 @@ class Imagining(OffPolicyAlgorithm):
             paid = payment.imagined(rewards, *judged)
             return paid, world.outcomes.continuation(*transitions)
 
+        @th.no_grad()
+        def trust(observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+            novelty = self._novelty(observations, actions, needed=self.trust_quantile is not None)
+            return trusted(novelty, self.trust_quantile)
+
         with self._streams.active(), self._keeping_exploration():
             states = world.imagined.sample_states(-(-n // self.n_elites) * self.n_elites)
             if self.use_sde:
                 self.actor.reset_noise(len(states))  # type: ignore[operator]
-            return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion)
+            return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion, trust)
 
     def _ahead(self) -> Ahead | None:
         if self._starts_each == 0:
             return None
-        return Ahead(self.expansion, self._row, self.gamma, self.max_row_grad_norm)
+        return Ahead(self.expansion, self._row, self.gamma, self.max_row_grad_norm, self.trust_quantile)
 
     def _looked_into(self) -> tuple[th.nn.Module, ...]:
         return () if self._starts_each == 0 else (self.world.dynamics, self.world.classifier)

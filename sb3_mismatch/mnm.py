@@ -27,6 +27,7 @@ from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.saving import SavedWithWorld
 from sb3_mismatch.settings import check_replay_buffer_class, check_rows, check_settings, joined_signature
 from sb3_mismatch.terminations import TransitionFunction
+from sb3_mismatch.trust import trusted
 from sb3_mismatch.world import World
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
@@ -53,6 +54,8 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         where the world cannot be learned, 1
     :param horizon: imagined steps per trajectory: a number, or a schedule over environment steps
         ``[first_step, last_step, first_horizon, last_horizon]``
+    :param trust_quantile: a trajectory is used up to where the members of the world disagree more, measured by what
+        they err, than at this share of the real states that trajectories start from (MACURA: 0.95); ``None``: all of it
     :param imagined_n_steps: imagined rows hold n-step returns of so many steps, at most the horizon: values travel
         faster than by single steps, and the actions are those of the policy at the last fit (MBPO: 1). As in SB3's
         n-step buffer, the entropy of the steps between is not paid.
@@ -97,6 +100,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         objective: str | Objective = "mnm-approx",
         real_ratio: float | str = "auto",
         horizon: int | Sequence[int] = 5,
+        trust_quantile: float | None = None,
         imagined_n_steps: int = 5,
         random_steps: int | str = 0,
         model_train_freq: int = 50,
@@ -126,6 +130,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.objective = objective
         self.real_ratio = real_ratio
         self.horizon = horizon
+        self.trust_quantile = trust_quantile
         self.imagined_n_steps = imagined_n_steps
         self.random_steps = random_steps
         self.model_train_freq = model_train_freq
@@ -340,8 +345,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             assert self.replay_buffer is not None
             starts = random_states(self.replay_buffer, self.world.observations, n_starts, self.device)
             trajectories = self._imagined_from(starts, horizon)
-            novelty = self._novelty(*trajectories[:2])
-            rows = n_step_rows(trajectories, self._log_ratio(*trajectories[:3]), novelty, n_steps)
+            novelty = self._novelty(*trajectories[:2], needed=self.trust_quantile is not None)
+            within = trusted(novelty, self.trust_quantile, trajectories.alive)
+            rows = n_step_rows(trajectories, self._log_ratio(*trajectories[:3]), novelty, n_steps, within)
             (self.world.imagined.renew if renews else self.world.imagined.replace)(rows)
         met = trajectories.rows()
         self._world_log.update(
@@ -351,6 +357,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
                 "imagination/finished": met.dones.mean().item(),
                 "imagination/reward": met.rewards.mean().item(),
                 "imagination/novelty": rows.novelty.mean().item(),
+                "imagination/trusted": within[trajectories.alive > 0].mean().item(),
                 "imagination/real_ratio": self._real_share,
             }
         )
@@ -414,12 +421,13 @@ class MnM(ModelBased, Expanding):
         max_row_grad_norm: float | None = None,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
+        trust_quantile: float | None = 0.95,
         imagine_freq: int | None = 20,
         imagined_per_step: int = 200,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        own: dict[str, Any] = {"random_steps": random_steps, "horizon": horizon}
+        own: dict[str, Any] = {"random_steps": random_steps, "horizon": horizon, "trust_quantile": trust_quantile}
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
@@ -448,6 +456,7 @@ class MBPO(MnM):
         expansion: int = 0,
         real_ratio: float | str = 0.1,
         horizon: int | Sequence[int] = 1,
+        trust_quantile: float | None = None,
         imagined_n_steps: int = 1,
         random_steps: int | str = 0,
         imagine_freq: int | None = None,
@@ -456,6 +465,7 @@ class MBPO(MnM):
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
-        own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "random_steps": random_steps}
-        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step, "average_steps": average_steps}
+        own |= {"horizon": horizon, "trust_quantile": trust_quantile, "imagined_n_steps": imagined_n_steps}
+        own |= {"random_steps": random_steps, "imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
+        own |= {"average_steps": average_steps}
         super().__init__(*args, **own, **kwargs)

@@ -76,6 +76,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"horizon={horizon!r} must be a number of at least 1, or a schedule "
             "[first_step, last_step, first_horizon, last_horizon] with rising steps and horizons of at least 1"
         )
+    if settings["trust_quantile"] is not None:
+        check_number("trust_quantile", settings["trust_quantile"], 0, 1, "None, or ")
     for name in WEIGHTS:
         if settings[name] is not None:
             check_number(name, settings[name], -math.inf if name == "novelty_weight" else 0, math.inf, "None, or ")

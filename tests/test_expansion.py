@@ -30,14 +30,15 @@ from sb3_mismatch.lookahead import ClippedRows, Path, clipped, expanded_value, l
 GAMMA, ALPHA = 0.9, th.tensor(0.5)
 
 
-def path(rewards, log_prob, continuation):
+def path(rewards, log_prob, continuation, trusted=None):
     """One start; states and actions do not matter."""
 
     def column(values):
         return th.tensor(values).view(-1, 1, 1)
 
     nothing = th.zeros(len(log_prob), 1, 1)
-    return Path(nothing, nothing, column(log_prob), column(rewards), column(continuation))
+    trusted = [1.0] * len(rewards) if trusted is None else trusted
+    return Path(nothing, nothing, column(log_prob), column(rewards), column(continuation), column(trusted))
 
 
 # -- J --
@@ -47,6 +48,20 @@ def test_the_value_is_the_sum_by_hand():
     """r̃ - α log π = 2, 1 and V = 10, the first step survived in four of five cases: 2 + 0.9 0.8 (1 + 0.9 10)."""
     steps = path([1.0, 2.0], [-2.0, 2.0, 7.0], [0.8, 1.0])
     assert_close(expanded_value(steps, th.tensor([[10.0]]), ALPHA, GAMMA), th.tensor([[2 + 0.9 * 0.8 * (1 + 9.0)]]))
+
+
+def test_a_path_counts_as_far_as_it_is_trusted():
+    """As before, but its second step is not trusted: 2 + 0.9 0.8 10."""
+    steps = path([1.0, 2.0], [-2.0, 2.0, 7.0], [0.8, 1.0], [1.0, 0.0])
+    assert_close(expanded_value(steps, th.tensor([[10.0]]), ALPHA, GAMMA), th.tensor([[2 + 0.9 * 0.8 * 10]]))
+
+
+def test_a_path_is_left_where_it_is_no_longer_trusted():
+    states, actions, log_prob = th.arange(4 * 3 * 2.0).view(4, 3, 2), th.arange(12.0).view(4, 3, 1), th.rand(4, 3, 1)
+    trusted = th.tensor([[1.0, 1, 1], [1, 1, 0], [1, 0, 0]]).unsqueeze(2)
+    steps = Path(states, actions, log_prob, *th.zeros(2, 3, 3, 1), trusted)
+    for reached, column in zip(steps.reached(), (states, actions, log_prob), strict=True):
+        assert_close(reached, th.stack([column[3, 0], column[2, 1], column[1, 2]]))
 
 
 def test_nothing_is_earned_behind_a_certain_end():
@@ -68,8 +83,11 @@ def test_paths_follow_the_policy_and_the_dynamics():
             earned=lambda s, a, next_s, rewards: (rewards, th.ones_like(rewards)),
             states=th.tensor([[1.0], [2.0]], dtype=th.double),
             steps=3,
+            # The second path as far as to its second step: which steps count is no matter of degree.
+            trust=lambda s, a: th.tensor([[1.0, 1], [1, 1], [1, 0]], dtype=th.double).unsqueeze(2) + 0 * (s + a),
         )
-        return steps, expanded_value(steps, steps.states[-1], ALPHA, GAMMA)
+        assert not steps.trusted.requires_grad
+        return steps, expanded_value(steps, steps.reached()[0], ALPHA, GAMMA)
 
     steps, _ = value(th.tensor(0.5, dtype=th.double))
     assert_close(steps.states[:, :, 0], th.tensor([[1, 2], [1.5, 3], [2.25, 4.5], [3.375, 6.75]], dtype=th.double))
@@ -321,7 +339,7 @@ def test_the_users_functions_are_asked_on_the_way(name, monkeypatch):
 
 def test_what_is_imagined_is_renewed_between_fits(monkeypatch):
     soon(monkeypatch)
-    model = trained(BoxEnv(), 100, imagine_freq=20, horizon=4, real_ratio=0.5)
+    model = trained(BoxEnv(), 100, imagine_freq=20, horizon=4, real_ratio=0.5, trust_quantile=None)
     before = model.world.imagined.rows.observations.clone()
     assert model._fitted_at < 100
     model.learn(25, reset_num_timesteps=False)
@@ -329,6 +347,13 @@ def test_what_is_imagined_is_renewed_between_fits(monkeypatch):
     # Two rows a step and twenty steps, of the two hundred rows of a hundred steps.
     assert len(after) == len(before) == 200
     assert_same(after[:160], before[40:])
+
+
+def test_states_are_imagined_as_far_as_the_world_is_trusted(monkeypatch):
+    soon(monkeypatch)
+    every, few = (trained(BoxEnv(), 100, horizon=4, real_ratio=0.5, trust_quantile=q).world for q in (None, 0.0))
+    # Of each trajectory the start at least.
+    assert len(every.imagined) / 4 <= len(few.imagined) < len(every.imagined) / 2
 
 
 @pytest.mark.parametrize(("unexplained", "share"), [(0.01, 0.1), (0.25, 0.1), (0.3, 0.5), (0.8, 1.0), (3.0, 1.0)])
