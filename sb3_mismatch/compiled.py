@@ -63,7 +63,7 @@ class Momenta(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """How far an agent looks ahead in its learned world, and what it is paid there."""
+    """How far an agent looks ahead in its learned world, what it is paid there, and up to where that counts."""
 
     steps: int
     objective: Objective

@@ -54,8 +54,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         where the world cannot be learned, 1
     :param horizon: imagined steps per trajectory: a number, or a schedule over environment steps
         ``[first_step, last_step, first_horizon, last_horizon]``
-    :param trust_quantile: a trajectory is used up to where the members of the world disagree more, measured by what
-        they err, than at this share of the real states that trajectories start from (MACURA: 0.95); ``None``: all of it
+    :param trust_quantile: trajectories, and the paths of who looks ahead, count up to where the elites disagree more,
+        by the measure of what they err, than at this share of the states that they start from (MACURA: 0.95); ``None``:
+        to their end
     :param imagined_n_steps: imagined rows hold n-step returns of so many steps, at most the horizon: values travel
         faster than by single steps, and the actions are those of the policy at the last fit (MBPO: 1). As in SB3's
         n-step buffer, the entropy of the steps between is not paid.
@@ -421,13 +422,12 @@ class MnM(ModelBased, Expanding):
         max_row_grad_norm: float | None = None,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
-        trust_quantile: float | None = 0.95,
         imagine_freq: int | None = 20,
         imagined_per_step: int = 200,
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
-        own: dict[str, Any] = {"random_steps": random_steps, "horizon": horizon, "trust_quantile": trust_quantile}
+        own: dict[str, Any] = {"random_steps": random_steps, "horizon": horizon}
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
@@ -456,7 +456,6 @@ class MBPO(MnM):
         expansion: int = 0,
         real_ratio: float | str = 0.1,
         horizon: int | Sequence[int] = 1,
-        trust_quantile: float | None = None,
         imagined_n_steps: int = 1,
         random_steps: int | str = 0,
         imagine_freq: int | None = None,
@@ -465,7 +464,6 @@ class MBPO(MnM):
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
-        own |= {"horizon": horizon, "trust_quantile": trust_quantile, "imagined_n_steps": imagined_n_steps}
-        own |= {"random_steps": random_steps, "imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
-        own |= {"average_steps": average_steps}
+        own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "random_steps": random_steps}
+        own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step, "average_steps": average_steps}
         super().__init__(*args, **own, **kwargs)

@@ -292,14 +292,15 @@ def test_compiled_is_plain(objective, novelty, real_ratio, normalize, uncompiled
     assert_close_agents(*trained_both_ways(model))
 
 
-def test_compiled_is_plain_where_gradients_are_clipped(uncompiled, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("option", ["max_row_grad_norm", "trust_quantile"])
+def test_compiled_is_plain_where_paths_are_cut_or_clipped(option, uncompiled, monkeypatch):  # noqa: F811
     soon(monkeypatch)
-    model = trained(BoxEnv(), 100, real_ratio=0.5, max_row_grad_norm=0.5, compile=False)
+    model = trained(BoxEnv(), 100, real_ratio=0.5, compile=False, **{option: 0.5})
     plain, fast = trained_both_ways(model)
     assert_close_agents(plain, fast)
-    model.max_row_grad_norm = None
-    unclipped, _ = trained_both_ways(model)
-    assert not th.allclose(weights(plain), weights(unclipped))
+    setattr(model, option, None)
+    without, _ = trained_both_ways(model)
+    assert not th.allclose(weights(plain), weights(without))
 
 
 def test_gradients_of_gsde_are_not_clipped(monkeypatch):
@@ -339,7 +340,7 @@ def test_the_users_functions_are_asked_on_the_way(name, monkeypatch):
 
 def test_what_is_imagined_is_renewed_between_fits(monkeypatch):
     soon(monkeypatch)
-    model = trained(BoxEnv(), 100, imagine_freq=20, horizon=4, real_ratio=0.5, trust_quantile=None)
+    model = trained(BoxEnv(), 100, imagine_freq=20, horizon=4, real_ratio=0.5)
     before = model.world.imagined.rows.observations.clone()
     assert model._fitted_at < 100
     model.learn(25, reset_num_timesteps=False)

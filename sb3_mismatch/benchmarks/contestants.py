@@ -346,7 +346,7 @@ def mnm_run(s: dict[str, Any], **arguments: Any) -> Work:
 
 
 def rows_run(s: dict[str, Any]) -> Work:
-    return mnm_run(s, expansion=0, horizon=5, trust_quantile=None, imagine_freq=None, imagined_per_step=50)
+    return mnm_run(s, expansion=0, horizon=5, imagine_freq=None, imagined_per_step=50)
 
 
 def _timed(function: Any, phase: str) -> Any:
