@@ -51,9 +51,9 @@ def test_the_value_is_the_sum_by_hand():
 
 
 def test_a_path_counts_as_far_as_it_is_trusted():
-    """As before, but its second step is not trusted: 2 + 0.9 0.8 10."""
+    """As before, but its second step is not trusted and V = 20: 2 + 0.9 0.8 20."""
     steps = path([1.0, 2.0], [-2.0, 2.0, 7.0], [0.8, 1.0], [1.0, 0.0])
-    assert_close(expanded_value(steps, th.tensor([[10.0]]), ALPHA, GAMMA), th.tensor([[2 + 0.9 * 0.8 * 10]]))
+    assert_close(expanded_value(steps, th.tensor([[20.0]]), ALPHA, GAMMA), th.tensor([[2 + 0.9 * 0.8 * 20]]))
 
 
 def test_a_path_is_left_where_it_is_no_longer_trusted():
