@@ -354,8 +354,7 @@ def update_ahead(
     def trust(states: th.Tensor, actions: th.Tensor) -> th.Tensor:
         if ahead.trust_quantile is None:
             return th.ones_like(actions[..., :1])
-        novelty = dynamics.novelty(states.flatten(0, 1), actions.flatten(0, 1)).view_as(actions[..., :1])
-        return trusted(novelty, ahead.trust_quantile)
+        return trusted(dynamics.novelty(states, actions), ahead.trust_quantile)
 
     def path(weights: Weights) -> Path:
         noise = iter(starts.noise)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sb3_mismatch.healthy_range import HealthyRange
 from sb3_mismatch.products import linear
+from sb3_mismatch.settings import check_number
 
 #: More rows than these go through one member after the other on a CPU, so many together: what is between two layers
 #: stays in its cache.
@@ -122,6 +123,9 @@ class Dynamics(nn.Module):
     :param layer_norm: whether hidden layers are normalised (DHMBPO)
     :param end_arch: hidden layers of each end-of-episode head, which sees s' alone: ends are rare, and what else a
         head sees it learns by heart
+    :param temperature: what the members' variances are multiplied by where next states and rewards are drawn; 0: each
+        member goes by its mean. Source: Ha and Schmidhuber, "World Models", 2018, section 3.2
+    :raises ValueError: when there are more elites than members, or the temperature is below zero or not finite
     """
 
     holdout_loss: th.Tensor
@@ -139,11 +143,14 @@ class Dynamics(nn.Module):
         net_arch: Sequence[int] = (200, 200, 200),
         layer_norm: bool = True,
         end_arch: Sequence[int] = (64, 64),
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        check_number("dynamics_kwargs['temperature']", temperature, 0, 100)
         if not 1 <= n_elites <= n_members:
             raise ValueError(f"n_elites={n_elites} must lie between 1 and n_members={n_members}: choose fewer elites")
         self.n_members, self.n_elites = n_members, n_elites
+        self.temperature = float(temperature)
         n_targets = obs_dim + 1
         self.inputs = Standardizer(obs_dim + action_dim)
         self.targets = Standardizer(n_targets)
@@ -304,7 +311,8 @@ class Dynamics(nn.Module):
         """:meth:`rsample` from what was predicted already."""
         mean, log_var = predicted
         noise = th.randn_like(mean) if noise is None else noise
-        return self.decode(observations, mean + (0.5 * log_var).exp() * noise, noise)
+        std = math.sqrt(self.temperature) * (0.5 * log_var).exp()
+        return self.decode(observations, mean + std * noise, noise)
 
     def rsample_parts(
         self, observations: th.Tensor, actions: th.Tensor, turn: int, noise: th.Tensor | None = None
@@ -360,7 +368,7 @@ class Dynamics(nn.Module):
 
     def novelty(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
-        What there is to learn of a transition from here, in nats and on average over targets: (N, .) -> (N, 1).
+        What there is to learn of a transition from here, in nats and on average over targets: (..., .) -> (..., 1).
 
         ½ log(1 + variance of the elites' means / their squared error on held-out rows): whether they disagree by more
         than they err where the data are, whatever the units. A single elite agrees with itself: zero.
@@ -369,11 +377,11 @@ class Dynamics(nn.Module):
         grow off the data as well.
         """
         if self.n_elites == 1:
-            return th.zeros_like(observations[:, :1])
-        stacked = [x.expand(self.n_elites, *x.shape) for x in (observations, actions)]
+            return th.zeros_like(observations[..., :1])
+        stacked = [x.flatten(0, -2).expand(self.n_elites, -1, -1) for x in (observations, actions)]
         predicted: Gaussian = self(*stacked, self.elites)
         ratio = predicted.mean.var(dim=0) / self.holdout_error.clamp(min=1e-8)
-        return 0.5 * ratio.log1p().mean(dim=-1, keepdim=True)
+        return 0.5 * ratio.log1p().mean(dim=-1, keepdim=True).view_as(observations[..., :1])
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """Parameters for the optimizer: weights of the networks decay, and nothing else does."""

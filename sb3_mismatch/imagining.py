@@ -352,12 +352,18 @@ class Imagining(OffPolicyAlgorithm):
             return th.zeros_like(actions[..., :1])
         return self.world.classifier.log_ratio(observations, actions, next_observations)
 
-    def _novelty(self, observations: th.Tensor, actions: th.Tensor, needed: bool = False) -> th.Tensor:
-        """What there is to learn at each pair, (..., 1); zero where it is not ``needed`` nor paid by the objective."""
-        if self._row.novelty_weight == 0 and not needed:
+    def _novelty(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """What there is to learn at each pair, (..., 1); zero where the objective does not pay for it."""
+        if self._row.novelty_weight == 0:
             return th.zeros_like(actions[..., :1])
-        flat = (x.flatten(0, -2) for x in (observations, actions))
-        return self.world.dynamics.novelty(*flat).view_as(actions[..., :1])
+        return self.world.dynamics.novelty(observations, actions)
+
+    @th.no_grad()
+    def _trusted(self, observations: th.Tensor, actions: th.Tensor, alive: th.Tensor | None = None) -> th.Tensor:
+        """Up to where trajectories, (h, n, .), count: :func:`~sb3_mismatch.trust.trusted`."""
+        if self.trust_quantile is None:
+            return th.ones_like(actions[..., :1])
+        return trusted(self.world.dynamics.novelty(observations, actions), self.trust_quantile, alive)
 
     def _n_starts(self, batch_size: int) -> int:
         """The imagined share of a minibatch."""
@@ -384,16 +390,11 @@ class Imagining(OffPolicyAlgorithm):
             paid = payment.imagined(rewards, *judged)
             return paid, world.outcomes.continuation(*transitions)
 
-        @th.no_grad()
-        def trust(observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
-            novelty = self._novelty(observations, actions, needed=self.trust_quantile is not None)
-            return trusted(novelty, self.trust_quantile)
-
         with self._streams.active(), self._keeping_exploration():
             states = world.imagined.sample_states(-(-n // self.n_elites) * self.n_elites)
             if self.use_sde:
                 self.actor.reset_noise(len(states))  # type: ignore[operator]
-            return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion, trust)
+            return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion, self._trusted)
 
     def _ahead(self) -> Ahead | None:
         if self._starts_each == 0:

@@ -27,7 +27,6 @@ from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.saving import SavedWithWorld
 from sb3_mismatch.settings import check_replay_buffer_class, check_rows, check_settings, joined_signature
 from sb3_mismatch.terminations import TransitionFunction
-from sb3_mismatch.trust import trusted
 from sb3_mismatch.world import World
 
 SelfModelBased = TypeVar("SelfModelBased", bound="ModelBased")
@@ -346,9 +345,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             assert self.replay_buffer is not None
             starts = random_states(self.replay_buffer, self.world.observations, n_starts, self.device)
             trajectories = self._imagined_from(starts, horizon)
-            novelty = self._novelty(*trajectories[:2], needed=self.trust_quantile is not None)
-            within = trusted(novelty, self.trust_quantile, trajectories.alive)
-            rows = n_step_rows(trajectories, self._log_ratio(*trajectories[:3]), novelty, n_steps, within)
+            within = self._trusted(*trajectories[:2], trajectories.alive)
+            judged = self._log_ratio(*trajectories[:3]), self._novelty(*trajectories[:2])
+            rows = n_step_rows(trajectories, *judged, n_steps, within)
             (self.world.imagined.renew if renews else self.world.imagined.replace)(rows)
         met = trajectories.rows()
         self._world_log.update(

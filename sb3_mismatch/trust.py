@@ -3,7 +3,7 @@
 import torch as th
 
 
-def trusted(novelty: th.Tensor, quantile: float | None, alive: th.Tensor | None = None) -> th.Tensor:
+def trusted(novelty: th.Tensor, quantile: float, alive: th.Tensor | None = None) -> th.Tensor:
     """
     One up to where a trajectory first comes upon more novelty than a share ``quantile`` of all starts have, zero from
     there on: (h, n, 1). The first step always counts, and behind an end there is nothing new.
@@ -13,11 +13,8 @@ def trusted(novelty: th.Tensor, quantile: float | None, alive: th.Tensor | None 
     ICML 2024), there by the divergence of the members' distributions.
 
     :param novelty: at each state and action (:meth:`~sb3_mismatch.dynamics.Dynamics.novelty`), (h, n, 1)
-    :param quantile: ``None``: all is trusted
     :param alive: one where no end came before the step, (h, n, 1); ``None``: nowhere
     """
-    if quantile is None:
-        return th.ones_like(novelty)
     known = novelty <= novelty[0].quantile(quantile)
     if alive is not None:
         known = known | (alive == 0)

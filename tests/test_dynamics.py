@@ -115,13 +115,14 @@ def test_every_elite_may_serve_every_row(n):
         assert ((served[:, row].bincount(minlength=3) - 200).abs() < 5 * 12).all()
 
 
-def test_samples_have_the_predicted_spread():
-    dynamics = ensemble(1, 1)
+@pytest.mark.parametrize("temperature", [0.0, 0.25, 1.0])
+def test_samples_have_the_predicted_spread_at_a_temperature(temperature):
+    dynamics = ensemble(1, 1, temperature=temperature)
     s, a = th.randn(1, 3), th.randn(1, 2)
     _, log_var = by_hand(dynamics, 0, s, a)
     next_s, reward = dynamics.sample(s.expand(20_000, 3), a.expand(20_000, 2))
     std = th.cat([next_s, reward], dim=1).std(dim=0)
-    assert_close(std, (0.5 * log_var[0]).exp() * dynamics.targets.std, rtol=0.03, atol=0)
+    assert_close(std, (temperature * log_var[0].exp()).sqrt() * dynamics.targets.std, rtol=0.03, atol=1e-5)
 
 
 def test_sample_carries_no_gradient_and_rsample_does():

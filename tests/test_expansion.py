@@ -292,13 +292,18 @@ def test_compiled_is_plain(objective, novelty, real_ratio, normalize, uncompiled
     assert_close_agents(*trained_both_ways(model))
 
 
-@pytest.mark.parametrize("option", ["max_row_grad_norm", "trust_quantile"])
-def test_compiled_is_plain_where_paths_are_cut_or_clipped(option, uncompiled, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("option", ["max_row_grad_norm", "trust_quantile", "temperature"])
+def test_compiled_is_plain_where_paths_are_cut_clipped_or_cooled(option, uncompiled, monkeypatch):  # noqa: F811
     soon(monkeypatch)
-    model = trained(BoxEnv(), 100, real_ratio=0.5, compile=False, **{option: 0.5})
+    cooled = option == "temperature"
+    settings = {"dynamics_kwargs": {"net_arch": [8], "end_arch": [8], option: 0.5}} if cooled else {option: 0.5}
+    model = trained(BoxEnv(), 100, real_ratio=0.5, compile=False, **settings)
     plain, fast = trained_both_ways(model)
     assert_close_agents(plain, fast)
-    setattr(model, option, None)
+    if cooled:
+        model.world.dynamics.temperature = 1.0
+    else:
+        setattr(model, option, None)
     without, _ = trained_both_ways(model)
     assert not th.allclose(weights(plain), weights(without))
 

@@ -205,9 +205,8 @@ def test_a_trajectory_is_trusted_up_to_what_is_newer_than_the_starts():
     assert th.equal(trusted(NOVELTY, 0.5, ALIVE), expected)
 
 
-def test_all_is_trusted_that_is_no_newer_than_the_newest_start_and_all_without_a_quantile():
+def test_all_is_trusted_that_is_no_newer_than_the_newest_start():
     assert (trusted(NOVELTY, 1.0, ALIVE) == 1).all()
-    assert (trusted(10 * NOVELTY, None) == 1).all()
 
 
 def test_rows_lie_within_what_is_trusted():

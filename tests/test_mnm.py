@@ -333,6 +333,7 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"dynamics_kwargs": [200]}, "dynamics_kwargs=[200] must be a dict, or None"),
         ({"dynamics_kwargs": {"width": 3}}, "dynamics_kwargs holds ['width'], which Dynamics does not take"),
         ({"dynamics_kwargs": {"learning_rate": "1e-3"}}, "dynamics_kwargs['learning_rate']='1e-3' must be a number"),
+        ({"dynamics_kwargs": {"temperature": -1}}, "dynamics_kwargs['temperature']=-1 must be a finite number"),
         ({"classifier_kwargs": {"width": 3}}, "classifier_kwargs holds ['width']"),
         ({"classifier_kwargs": {"label_smoothing": 1.0}}, "label_smoothing=1.0"),
         ({"fit_kwargs": {"steps": 3}}, "fit_kwargs holds ['steps'], which FitSettings does not take"),
