@@ -14,10 +14,20 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.testing import assert_close
 from toys import LinearSystem, rows_of
 
+from sb3_mismatch import fitting
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
-from sb3_mismatch.dynamics import Dynamics
-from sb3_mismatch.fitting import FitSettings, Terms, bootstraps, fit_dynamics, split_holdout, training_step
+from sb3_mismatch.dynamics import Dynamics, Gaussian
+from sb3_mismatch.fitting import (
+    FitSettings,
+    Priorities,
+    Terms,
+    bootstraps,
+    fit_dynamics,
+    prioritised,
+    split_holdout,
+    training_step,
+)
 from sb3_mismatch.objectives import OBJECTIVES, Objective
 
 
@@ -200,6 +210,66 @@ def test_a_share_of_the_rows_are_the_newest():
     assert set(bootstraps(train, 2, FitSettings(recent_ratio=1.0, n_recent=2)).unique().tolist()) == {1998, 1999}
 
 
+def test_rows_are_drawn_by_their_priorities_beside_the_newest():
+    th.manual_seed(0)
+    priorities = Priorities(th.tensor([3, 7]), th.tensor([1.0, 3.0]))
+    rows = bootstraps(th.arange(1000, 2000), 2, FitSettings(recent_ratio=0.5, n_recent=10), priorities)
+    assert set(rows.unique().tolist()) == {1003, 1007, *range(1990, 2000)}
+    assert (rows == 1003).float().mean().item() == pytest.approx(0.125, abs=0.03)
+    assert (rows == 1007).float().mean().item() == pytest.approx(0.375, abs=0.03)
+
+
+@pytest.mark.parametrize("n_members", [1, 3])
+@pytest.mark.parametrize("priority", [1.0, 0.5])
+def test_priorities_follow_the_errors(monkeypatch, n_members, priority):
+    """Rows that are foretold but for one, which counts ten times the mean at most, and a tenth of it the others."""
+    th.manual_seed(0)
+    dynamics = Dynamics(1, 1, n_members, 1)
+    s, a, wrong = th.randn(50, 1), th.randn(50, 1), th.zeros(50, 1)
+    wrong[20] = 7.0
+    monkeypatch.setattr(
+        dynamics, "forward", lambda s, a: Gaussian(th.zeros(*s.shape[:2], 2), th.zeros(*s.shape[:2], 2))
+    )
+    data = rows_of(s, a, s + wrong, th.zeros(50, 1))
+    train = th.arange(10, 50)
+    expected = th.full((40,), 0.1**priority)
+    expected[10] = 10.0**priority
+    priorities = prioritised(dynamics, data.batch, train, priority)
+    assert_close(priorities.places, th.arange(40))
+    assert_close(priorities.weights, expected)
+    # Of more rows than are judged the others are left out.
+    monkeypatch.setattr(fitting, "MOST_JUDGED", 15)
+    places, weights = prioritised(dynamics, data.batch, train, priority)
+    assert len(places.unique()) == len(weights) == 15
+
+
+def test_where_nothing_is_missed_no_row_goes_first(monkeypatch):
+    dynamics = Dynamics(1, 1, 2, 1)
+    monkeypatch.setattr(dynamics, "squared_error", lambda s, a, s2, r: th.zeros(*s.shape[:2], 2))
+    weights = prioritised(dynamics, numbered(30).batch, th.arange(30), 1.0).weights
+    assert_close(weights, weights[:1].clamp(min=1e-3).expand(30))
+
+
+def test_what_is_rare_and_wrong_is_learned_by_its_priority():
+    """One row in fifty moves: for the score, which is no steeper for large errors, too few to learn from."""
+    errors = {}
+    for priority in (0.0, 1.0):
+        th.manual_seed(0)
+        s, a, moves = th.randn(2000, 1), th.randn(2000, 1), th.arange(2000) % 50 == 25
+        s[moves] = 5 + th.rand(40, 1)
+        data, dynamics = rows_of(s, a, s + moves.unsqueeze(1) * a), Dynamics(1, 1, 2, 2, net_arch=[32])
+
+        def loss(rows, dynamics=dynamics):
+            return 10 * dynamics.crps_of(dynamics(*rows[:2]), rows[0], rows[2], rows.rewards).mean(dim=1)
+
+        for _ in range(5):
+            fit(dynamics, data, loss=loss, lr=1e-2, dynamics_steps=60, recent_ratio=0.0, priority=priority)
+        rare = [c[moves].expand(2, -1, -1) for c in data.batch[:5]]
+        with th.no_grad():
+            errors[priority] = dynamics.squared_error(*rare[:3], rare[4]).mean().item()
+    assert errors[1.0] < 0.2 * errors[0.0], errors
+
+
 def test_members_minibatches_differ():
     steps = used(numbered(500), dynamics_steps=3, batch_size=32)
     for step in range(3):
@@ -281,7 +351,7 @@ def test_elites_have_the_lowest_loss_on_held_out_rows():
     assert set(dynamics.elites.tolist()) == set(losses.argsort()[:2].tolist())
     held = [c[split_holdout(data, FitSettings())[1]].expand(6, -1, -1) for c in data.batch[:5]]
     errors = dynamics.squared_error(*held[:3], held[4])[dynamics.elites]
-    assert_close(dynamics.holdout_error, errors.mean(dim=0))
+    assert_close(dynamics.holdout_error, errors.mean(dim=(0, 1)))
 
 
 def test_members_are_rolled_back_one_by_one():
@@ -396,6 +466,8 @@ def test_settings_out_of_range_are_refused(name):
         FitSettings(holdout_ratio=0.95)
     with pytest.raises(ValueError, match=r"fit_kwargs\['final_rate'\]=0 must be a finite number between 1e-06 and 1"):
         FitSettings(final_rate=0)
+    with pytest.raises(ValueError, match=r"fit_kwargs\['priority'\]=-1 must be a finite number between 0 and 10"):
+        FitSettings(priority=-1)
 
 
 # -- what the dynamics are trained for --
@@ -467,7 +539,7 @@ def test_crps_learns_what_likelihood_leaves_to_noise():
         hit = (x[impact[:, 0]].expand(2, -1, -1) for x in data.batch[:5])
         with th.no_grad():
             s1, a1, s2, _, r = hit
-            errors[name] = dynamics.squared_error(s1, a1, s2, r)[:, 0].mean().item()
+            errors[name] = dynamics.squared_error(s1, a1, s2, r)[..., 0].mean().item()
     assert errors["crps_of"] < 0.6 * errors["nll_of"], errors
 
 
