@@ -1,7 +1,7 @@
 """Fit the dynamics (bootstraps, holdout, elites) and the classifier."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
+from sb3_mismatch.averaging import MOST_OF_ALL
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics, Gaussian
@@ -29,6 +30,8 @@ Value = Callable[[th.Tensor], th.Tensor]
 EXPLOSION = 10.0
 #: Of the continuous ranked probability score: about as steep as the likelihood where noise is 1/200 of a deviation.
 CRPS_WEIGHT = 200.0
+#: What learns, in the state of an optimizer, while its mean imagines.
+LEARNER = "learner"
 #: Beyond these an error, over the mean of all, makes no more difference to a row's priority.
 ERRORS = 0.1, 10.0
 #: So many rows at most are asked at a fit what the dynamics err by there.
@@ -110,6 +113,8 @@ class FitSettings:
     :param dynamics_steps: gradient steps of the dynamics
     :param final_rate: the share of their ``learning_rate`` to which it falls over the second half of these, by equal
         factors, each time anew: large steps find what is new, small ones lose the noise of minibatches
+    :param average_steps: the dynamics that imagine are the mean of those that learn over about so many of their last
+        gradient steps (:class:`Mean`); 0: those that learn
     :param classifier_steps: gradient steps of the classifier
     :param batch_size: rows of a minibatch, for each member
     :param recent_ratio: share of the dynamics' rows that are drawn among the newest: where the policy went last is
@@ -124,6 +129,7 @@ class FitSettings:
 
     dynamics_steps: int = 80
     final_rate: float = 1.0
+    average_steps: int = 0
     classifier_steps: int = 20
     batch_size: int = 64
     recent_ratio: float = 0.5
@@ -135,6 +141,8 @@ class FitSettings:
     def __post_init__(self) -> None:
         for name in ("dynamics_steps", "classifier_steps", "batch_size", "n_recent", "max_holdout"):
             check_count(f"fit_kwargs[{name!r}]", getattr(self, name))
+        if self.average_steps != 0:
+            check_count("fit_kwargs['average_steps']", self.average_steps, "0 for none, or ")
         check_number("fit_kwargs['final_rate']", self.final_rate, 1e-6, 1)
         check_number("fit_kwargs['recent_ratio']", self.recent_ratio, 0, 1)
         check_number("fit_kwargs['priority']", self.priority, 0, 10)
@@ -208,8 +216,54 @@ class Start:
         for parameter, value, before in zip(self._parameters, self._values, self._moments, strict=True):
             parameter.copy_(th.where(_each(lost, parameter), value, parameter))
             for name, moment in self._moments_of(parameter).items():
-                moment.copy_(th.where(_each(lost, moment), before.get(name, th.zeros_like(moment)), moment))
+                # There may have been none: the learner began where its mean did.
+                start = before.get(name, value if name == LEARNER else th.zeros_like(moment))
+                moment.copy_(th.where(_each(lost, moment), start, moment))
         return lost
+
+
+class Mean:
+    """
+    The mean of networks over the gradient steps of this fit and of those before. The noise of minibatches, which a
+    constant learning rate leaves in the weights, is not in it.
+
+    Between fits the networks are the mean, and what learns stands in the state of the optimizer.
+
+    Source: Polyak and Juditsky (1992), as in :mod:`sb3_mismatch.averaging`; the exchange of weights is that of Defazio
+    et al., "The Road Less Scheduled" (2024).
+
+    As a context it puts what learns in the place of the networks, and them back.
+
+    :param parameters: of the networks
+    :param optimizer: theirs
+    :param n_steps: gradient steps that the mean goes back, the time constant of its weights
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizer: th.optim.Optimizer, n_steps: int) -> None:
+        self._parameters, self._optimizer, self._n_steps = list(parameters), optimizer, n_steps
+        self._mean = [p.detach().clone() for p in self._parameters]
+
+    def __enter__(self) -> None:
+        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        self._n_taken = float(states[0].get("step", 0))
+        self._put([state.get(LEARNER, mean) for state, mean in zip(states, self._mean, strict=True)])
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self._parameters:
+            self._optimizer.state[parameter][LEARNER] = parameter.detach().clone()
+        self._put(self._mean)
+
+    @th.no_grad()
+    def _put(self, weights: list[th.Tensor]) -> None:
+        for parameter, weight in zip(self._parameters, weights, strict=True):
+            parameter.copy_(weight)
+
+    @th.no_grad()
+    def follow(self) -> None:
+        """Take in what the networks have become by a gradient step."""
+        self._n_taken += 1
+        reach = min(self._n_steps, 1 + MOST_OF_ALL * self._n_taken)
+        th._foreach_lerp_(self._mean, [p.detach() for p in self._parameters], 1 / reach)
 
 
 def _each(chosen: th.Tensor, parameter: th.Tensor) -> th.Tensor:
@@ -256,11 +310,14 @@ def fit_dynamics(
     step = training_step(dynamics, optimizer, batch, rows, loss)
     starts = Start(_Body(dynamics), optimizer), Start(dynamics.end, optimizer)
     before = judge()
+    mean = Mean(dynamics.body.parameters(), optimizer, settings.average_steps) if settings.average_steps > 0 else None
     dynamics.train()
-    with _rates_of(optimizer) as set_share:
+    with _rates_of(optimizer) as set_share, mean or nullcontext():
         for column, share in zip(columns, settings.shares_of_rate(), strict=True):
             set_share(share)
             step(column)
+            if mean is not None:
+                mean.follow()
     dynamics.eval()
     after = judge()
     lost = [start.restore(exploded(*errors)) for start, *errors in zip(starts, before, after, strict=True)]

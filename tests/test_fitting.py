@@ -354,7 +354,8 @@ def test_elites_have_the_lowest_loss_on_held_out_rows():
     assert_close(dynamics.holdout_error, errors.mean(dim=(0, 1)))
 
 
-def test_members_are_rolled_back_one_by_one():
+@pytest.mark.parametrize("average_steps", [0, 50])
+def test_members_are_rolled_back_one_by_one(average_steps):
     """Member 0 steps towards the data and member 1 far away: the former keeps its steps, the latter its start."""
     th.manual_seed(0)
     system, dynamics = LinearSystem(), Dynamics(3, 1, 2, 1, net_arch=[16])
@@ -365,11 +366,14 @@ def test_members_are_rolled_back_one_by_one():
     def torn(rows):
         return likelihood(dynamics)(rows) * (sign if th.is_grad_enabled() else 1)
 
-    log = fit(dynamics, data, lr=3e-2, loss=torn, dynamics_steps=100)
-    assert log["dynamics/rolled_back"] == 1
-    for layer, old in zip(dynamics.body.layers, start, strict=True):
-        assert not th.equal(layer.weight[0], old[0])
-        assert th.equal(layer.weight[1], old[1])
+    optimizer = th.optim.Adam(dynamics.parameters(), lr=3e-2)
+    for _ in range(2):
+        log = fit(dynamics, data, loss=torn, optimizer=optimizer, dynamics_steps=100, average_steps=average_steps)
+        assert log["dynamics/rolled_back"] == 1
+        for layer, old in zip(dynamics.body.layers, start, strict=True):
+            for weight in (layer.weight, optimizer.state[layer.weight].get("learner", layer.weight)):
+                assert not th.equal(weight[0], old[0])
+                assert th.equal(weight[1], old[1])
 
 
 def test_every_fit_takes_its_steps_and_keeps_the_last():
@@ -429,6 +433,68 @@ def test_interrupted_fit_leaves_the_rate_as_it_was():
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
+class Stepping(th.optim.Adam):
+    """Keeps the weights of the last layer after each of its steps; stops before the step that is ``last``."""
+
+    last = math.inf
+
+    def step(self, closure=None):
+        self.seen = [*getattr(self, "seen", [])]
+        if len(self.seen) >= self.last:
+            raise KeyboardInterrupt
+        super().step(closure)
+        self.seen.append(self.param_groups[0]["params"][0].detach().clone())
+
+
+def test_mean_of_the_dynamics_imagines_and_they_learn_as_without():
+    ends = []
+    for average_steps in (0, 3):
+        th.manual_seed(0)
+        dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+        weight = dynamics.body.layers[0].weight
+        optimizer = Stepping([weight, *(p for p in dynamics.parameters() if p is not weight)], lr=1e-2)
+        data, mean = noise(), weight.detach().clone()
+        for _ in range(2):
+            fit(dynamics, data, optimizer=optimizer, dynamics_steps=10, average_steps=average_steps)
+        ends.append(optimizer.seen[-1])
+        if average_steps == 0:
+            assert th.equal(weight, ends[0])
+            continue
+        # By hand; the mean goes back over a fifth of all steps at first.
+        for n, taken in enumerate(optimizer.seen, 1):
+            mean.lerp_(taken, 1 / min(3, 1 + 0.2 * n))
+        assert_close(weight, mean)
+        assert not th.allclose(weight, ends[1])
+        assert th.equal(optimizer.state[weight]["learner"], ends[1])
+        assert_close(dynamics.holdout_loss, holdout_losses(dynamics, data))
+    assert_close(ends[0], ends[1])
+
+
+def test_interrupted_fit_leaves_the_mean():
+    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+    weight = dynamics.body.layers[0].weight
+    optimizer = Stepping([weight, *(p for p in dynamics.parameters() if p is not weight)], lr=1e-2)
+    optimizer.last = 15
+    with pytest.raises(KeyboardInterrupt):
+        fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=20, average_steps=100)
+    assert th.equal(optimizer.state[weight]["learner"], optimizer.seen[-1])
+    assert not th.equal(weight, optimizer.seen[-1])
+
+
+def test_mean_loses_the_noise_of_minibatches():
+    errors = {}
+    for average_steps in (0, 100):
+        th.manual_seed(0)
+        system = LinearSystem()
+        data, dynamics = system.draw(5000), Dynamics(3, 1, 2, 2, net_arch=[32])
+        s, a = (x.expand(2, -1, -1) for x in data.batch[:2])
+        following, rewards = s @ system.A.T + a @ system.B.T, s @ system.w.view(3, 1) + system.v * a
+        fit(dynamics, data, lr=1e-2, dynamics_steps=1200, recent_ratio=0.0, average_steps=average_steps)
+        with th.no_grad():
+            errors[average_steps] = dynamics.squared_error(s, a, following, rewards).mean().item()
+    assert errors[100] < 0.6 * errors[0], errors
+
+
 def test_falling_rate_loses_the_noise_of_minibatches():
     """As many steps on the same system, but for the rate: nearer to the mean outcome, over the last of some fits."""
     system = LinearSystem()
@@ -468,6 +534,8 @@ def test_settings_out_of_range_are_refused(name):
         FitSettings(final_rate=0)
     with pytest.raises(ValueError, match=r"fit_kwargs\['priority'\]=-1 must be a finite number between 0 and 10"):
         FitSettings(priority=-1)
+    with pytest.raises(ValueError, match=r"average_steps'\]=-1 must be 0 for none, or a whole number of at least 1"):
+        FitSettings(average_steps=-1)
 
 
 # -- what the dynamics are trained for --
