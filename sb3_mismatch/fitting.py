@@ -250,7 +250,9 @@ class Mean:
 
     def __exit__(self, *_: object) -> None:
         for parameter in self._parameters:
-            self._optimizer.state[parameter][LEARNER] = parameter.detach().clone()
+            # Before its first step an optimizer takes any state for its own.
+            if state := self._optimizer.state.get(parameter):
+                state[LEARNER] = parameter.detach().clone()
         self._put(self._mean)
 
     @th.no_grad()
@@ -282,9 +284,9 @@ def fit_dynamics(
     """
     Fit all members at once, from where they stand.
 
-    Each member draws its minibatches from rows of its own (:func:`bootstraps`). The last parameters are kept: there
-    are few steps between two fits, and what the policy has just met weighs more in them than among held-out rows. The
-    end-of-episode heads, which share no parameter with the rest, are judged apart.
+    Each member draws its minibatches from rows of its own (:func:`bootstraps`). The last parameters are kept, or
+    :class:`Mean` of the last: there are few steps between two fits, and what the policy has just met weighs more in
+    them than among held-out rows. The end-of-episode heads, which share no parameter with the rest, are judged apart.
 
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
     :param ignores_noise: whether dimensions of the state that turn out not to be foretold are ignored from here on

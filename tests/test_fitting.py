@@ -481,6 +481,17 @@ def test_interrupted_fit_leaves_the_mean():
     assert not th.equal(weight, optimizer.seen[-1])
 
 
+def test_fit_that_ended_before_its_first_step_can_be_taken_up():
+    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
+    optimizer = Stepping(dynamics.parameters(), lr=1e-2)
+    optimizer.last = 0
+    with pytest.raises(KeyboardInterrupt):
+        fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=5, average_steps=100)
+    optimizer.last = math.inf
+    fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=5, average_steps=100)
+    assert len(optimizer.seen) == 5
+
+
 def test_mean_loses_the_noise_of_minibatches():
     errors = {}
     for average_steps in (0, 100):
