@@ -1,6 +1,6 @@
 """Fit the dynamics (bootstraps, holdout, elites) and the classifier."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 
-from sb3_mismatch.averaging import MOST_OF_ALL
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics, Gaussian
+from sb3_mismatch.fitted import Mean, Start
 from sb3_mismatch.objectives import Objective
 from sb3_mismatch.replaying import replayed
 from sb3_mismatch.settings import check_count, check_number
@@ -30,8 +30,6 @@ Value = Callable[[th.Tensor], th.Tensor]
 EXPLOSION = 10.0
 #: Of the continuous ranked probability score: about as steep as the likelihood where noise is 1/200 of a deviation.
 CRPS_WEIGHT = 200.0
-#: What learns, in the state of an optimizer, while its mean imagines.
-LEARNER = "learner"
 #: Beyond these an error, over the mean of all, makes no more difference to a row's priority.
 ERRORS = 0.1, 10.0
 #: So many rows at most are asked at a fit what the dynamics err by there.
@@ -188,89 +186,6 @@ def split_holdout(data: RealTransitions, settings: FitSettings) -> tuple[th.Tens
 def exploded(before: th.Tensor, after: th.Tensor) -> th.Tensor:
     """Whether a loss on held-out rows, in nats, is no longer finite or has risen by ``EXPLOSION``: bool."""
     return ~(after - before < EXPLOSION)
-
-
-class Start:
-    """
-    Where a fit began: the parameters of each member, and their moments in the optimizer.
-
-    What a member whose fit has exploded holds of that would lead every later step astray.
-    """
-
-    def __init__(self, module: nn.Module, optimizer: th.optim.Optimizer) -> None:
-        self._parameters, self._optimizer = list(module.parameters()), optimizer
-        self._values = [p.detach().clone() for p in self._parameters]
-        self._moments = [{name: m.clone() for name, m in self._moments_of(p).items()} for p in self._parameters]
-
-    def _moments_of(self, parameter: nn.Parameter) -> dict[str, th.Tensor]:
-        """What the optimizer keeps for each entry of the parameter; nothing before its first step."""
-        state = self._optimizer.state.get(parameter, {})
-        return {name: x for name, x in state.items() if isinstance(x, th.Tensor) and x.shape == parameter.shape}
-
-    @th.no_grad()
-    def restore(self, lost: th.Tensor) -> th.Tensor:
-        """Put members back that are ``lost``, bool (E,), or whose moments overflow; which they were, bool (E,)."""
-        lost = lost.clone()
-        for moment in (m for p in self._parameters for m in self._moments_of(p).values()):
-            lost |= ~moment.flatten(1).isfinite().all(dim=1)
-        for parameter, value, before in zip(self._parameters, self._values, self._moments, strict=True):
-            parameter.copy_(th.where(_each(lost, parameter), value, parameter))
-            for name, moment in self._moments_of(parameter).items():
-                # There may have been none: the learner began where its mean did.
-                start = before.get(name, value if name == LEARNER else th.zeros_like(moment))
-                moment.copy_(th.where(_each(lost, moment), start, moment))
-        return lost
-
-
-class Mean:
-    """
-    The mean of networks over the gradient steps of this fit and of those before. The noise of minibatches, which a
-    constant learning rate leaves in the weights, is not in it.
-
-    Between fits the networks are the mean, and what learns stands in the state of the optimizer.
-
-    Source: Polyak and Juditsky (1992), as in :mod:`sb3_mismatch.averaging`; the exchange of weights is that of Defazio
-    et al., "The Road Less Scheduled" (2024).
-
-    As a context it puts what learns in the place of the networks, and them back.
-
-    :param parameters: of the networks
-    :param optimizer: theirs
-    :param n_steps: gradient steps that the mean goes back, the time constant of its weights
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], optimizer: th.optim.Optimizer, n_steps: int) -> None:
-        self._parameters, self._optimizer, self._n_steps = list(parameters), optimizer, n_steps
-        self._mean = [p.detach().clone() for p in self._parameters]
-
-    def __enter__(self) -> None:
-        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
-        self._n_taken = float(states[0].get("step", 0))
-        self._put([state.get(LEARNER, mean) for state, mean in zip(states, self._mean, strict=True)])
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self._parameters:
-            # Before its first step an optimizer takes any state for its own.
-            if state := self._optimizer.state.get(parameter):
-                state[LEARNER] = parameter.detach().clone()
-        self._put(self._mean)
-
-    @th.no_grad()
-    def _put(self, weights: list[th.Tensor]) -> None:
-        for parameter, weight in zip(self._parameters, weights, strict=True):
-            parameter.copy_(weight)
-
-    @th.no_grad()
-    def follow(self) -> None:
-        """Take in what the networks have become by a gradient step."""
-        self._n_taken += 1
-        reach = min(self._n_steps, 1 + MOST_OF_ALL * self._n_taken)
-        th._foreach_lerp_(self._mean, [p.detach() for p in self._parameters], 1 / reach)
-
-
-def _each(chosen: th.Tensor, parameter: th.Tensor) -> th.Tensor:
-    """(E,) -> (E, 1, ...), one for each member of a parameter."""
-    return chosen.view(-1, *[1] * (parameter.dim() - 1))
 
 
 def fit_dynamics(
