@@ -396,54 +396,45 @@ def test_every_fit_takes_its_steps_and_keeps_the_last():
     assert (losses[1] > losses[0]).all()
 
 
-class Rates(th.optim.Adam):
-    """Keeps the learning rates of its steps; stops before the step that is ``last``."""
+class Watched(th.optim.Adam):
+    """Keeps the learning rates of its steps, and its first parameter after each; stops in the step that is ``last``."""
 
-    seen: list[float]
     last = math.inf
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rates, self.seen = [], []
+
     def step(self, closure=None):
-        self.seen = [*getattr(self, "seen", []), *(float(group["lr"]) for group in self.param_groups)]
-        if len(self.seen) >= self.last:
+        self.rates += [float(group["lr"]) for group in self.param_groups]
+        if len(self.rates) >= self.last:
             raise KeyboardInterrupt
-        return super().step(closure)
+        super().step(closure)
+        self.seen.append(self.param_groups[0]["params"][0].detach().clone())
 
 
 def test_rate_falls_over_the_second_half_of_each_fit():
     dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
-    optimizer = Rates(dynamics.parameters(), lr=1e-3)
+    optimizer = Watched(dynamics.parameters(), lr=1e-3)
     for _ in range(2):
-        optimizer.seen = []
+        optimizer.rates = []
         fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=8, final_rate=0.0625)
-        assert optimizer.seen == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4], rel=1e-5)
+        assert optimizer.rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4], rel=1e-5)
         # The number that it was: the optimizer is saved as if nothing had been.
         assert optimizer.param_groups[0]["lr"] == 1e-3
         assert isinstance(optimizer.param_groups[0]["lr"], float)
-    optimizer.seen = []
+    optimizer.rates = []
     fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=3)
-    assert optimizer.seen == [1e-3] * 3
+    assert optimizer.rates == [1e-3] * 3
 
 
 def test_interrupted_fit_leaves_the_rate_as_it_was():
     dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
-    optimizer = Rates(dynamics.parameters(), lr=1e-3)
+    optimizer = Watched(dynamics.parameters(), lr=1e-3)
     optimizer.last = 15
     with pytest.raises(KeyboardInterrupt):
         fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=20, final_rate=0.02)
     assert optimizer.param_groups[0]["lr"] == 1e-3
-
-
-class Stepping(th.optim.Adam):
-    """Keeps the weights of the last layer after each of its steps; stops before the step that is ``last``."""
-
-    last = math.inf
-
-    def step(self, closure=None):
-        self.seen = [*getattr(self, "seen", [])]
-        if len(self.seen) >= self.last:
-            raise KeyboardInterrupt
-        super().step(closure)
-        self.seen.append(self.param_groups[0]["params"][0].detach().clone())
 
 
 def test_mean_of_the_dynamics_imagines_and_they_learn_as_without():
@@ -452,7 +443,7 @@ def test_mean_of_the_dynamics_imagines_and_they_learn_as_without():
         th.manual_seed(0)
         dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
         weight = dynamics.body.layers[0].weight
-        optimizer = Stepping([weight, *(p for p in dynamics.parameters() if p is not weight)], lr=1e-2)
+        optimizer = Watched([weight, *(p for p in dynamics.parameters() if p is not weight)], lr=1e-2)
         data, mean = noise(), weight.detach().clone()
         for _ in range(2):
             fit(dynamics, data, optimizer=optimizer, dynamics_steps=10, average_steps=average_steps)
@@ -473,7 +464,7 @@ def test_mean_of_the_dynamics_imagines_and_they_learn_as_without():
 def test_interrupted_fit_leaves_the_mean():
     dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
     weight = dynamics.body.layers[0].weight
-    optimizer = Stepping([weight, *(p for p in dynamics.parameters() if p is not weight)], lr=1e-2)
+    optimizer = Watched([weight, *(p for p in dynamics.parameters() if p is not weight)], lr=1e-2)
     optimizer.last = 15
     with pytest.raises(KeyboardInterrupt):
         fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=20, average_steps=100)
@@ -483,7 +474,7 @@ def test_interrupted_fit_leaves_the_mean():
 
 def test_fit_that_ended_before_its_first_step_can_be_taken_up():
     dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
-    optimizer = Stepping(dynamics.parameters(), lr=1e-2)
+    optimizer = Watched(dynamics.parameters(), lr=1e-2)
     optimizer.last = 0
     with pytest.raises(KeyboardInterrupt):
         fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=5, average_steps=100)
