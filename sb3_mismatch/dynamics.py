@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_mismatch.healthy_range import HealthyRange
+from sb3_mismatch.normalising import layer_norm
 from sb3_mismatch.products import linear
 from sb3_mismatch.settings import check_number
 
@@ -65,7 +66,7 @@ class EnsembleMLP(nn.Module):
         for layer in hidden:
             x = layer(x, members)
             if self.layer_norm:
-                x = F.layer_norm(x, x.shape[-1:])
+                x = layer_norm(x)
             # What is allocated anew has to be paged in.
             x = F.silu(x, inplace=not th.is_grad_enabled())
         out: th.Tensor = last(x, members)

@@ -395,6 +395,8 @@ class MnM(ModelBased, Expanding):
         imagined states; 0: minibatches of imagined transitions instead, in SAC's own update
     :param actor_rate: the share of ``learning_rate`` to which the actor's falls, by equal factors at equal steps of a
         call of ``learn``, where it looks ahead; 1: as fast as its critics throughout
+    :param critic_layer_norm: whether critics that look ahead have their hidden layers normalised
+        (:mod:`sb3_mismatch.normalising`)
     :param max_row_grad_norm: what flows back from an imagined path into what the actor says of one of its actions is
         clipped to so many times the mean norm of all paths in the minibatch, so that no path pulls much harder than
         the others; ``None``, and ``use_sde=True``: not clipped
@@ -418,6 +420,7 @@ class MnM(ModelBased, Expanding):
         *args: Any,
         expansion: int = 5,
         actor_rate: float = 0.3,
+        critic_layer_norm: bool = True,
         max_row_grad_norm: float | None = None,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
@@ -431,6 +434,7 @@ class MnM(ModelBased, Expanding):
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
         self.actor_rate = actor_rate
+        self.critic_layer_norm = critic_layer_norm
         self.max_row_grad_norm = max_row_grad_norm
         if _init_setup_model:
             self._setup_model()
