@@ -27,12 +27,11 @@ from torch.nn import functional as F
 
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
-from sb3_mismatch.lookahead import Path, clipped, expanded_value, look_ahead
+from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 from sb3_mismatch.normalising import NormalisedLinear, layer_norm
 from sb3_mismatch.objectives import Objective, Payment
 from sb3_mismatch.products import faster_products
 from sb3_mismatch.replaying import Replayed
-from sb3_mismatch.trust import trusted
 
 #: what an activation without parameters computes
 ACTIVATIONS: dict[type[nn.Module], Callable[[th.Tensor], th.Tensor]] = {
@@ -64,13 +63,11 @@ class Momenta(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """How far an agent looks ahead in its learned world, what it is paid there, and up to where that counts."""
+    """How far an agent looks ahead in its learned world, and what it is paid there."""
 
     steps: int
     objective: Objective
     gamma: float
-    max_row_grad_norm: float | None
-    trust_quantile: float | None
 
 
 class Spec(NamedTuple):
@@ -198,18 +195,12 @@ def mlp(layers: Layers, weights: Weights, x: th.Tensor) -> th.Tensor:
     return x
 
 
-def act(
-    spec: Spec, weights: Weights, observations: th.Tensor, noise: th.Tensor, max_row_grad_norm: float | None = None
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    a = tanh(μ + σ ε) and log π(a|s) = Σ log N(ε; 0, 1) - log σ - log(1 - a² + 1e-6). Shapes (n, dim), (n, 1).
-
-    :param max_row_grad_norm: of what flows back into μ and log σ (:func:`~sb3_mismatch.lookahead.clipped`)
-    """
+def act(spec: Spec, weights: Weights, observations: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """a = tanh(μ + σ ε) and log π(a|s) = Σ log N(ε; 0, 1) - log σ - log(1 - a² + 1e-6). Shapes (n, dim), (n, 1)."""
     *body, w_mean, b_mean, w_std, b_std = weights
     features = mlp(spec.actor, body, observations)
     mean, log_std = F.linear(features, th.cat([w_mean, w_std]), th.cat([b_mean, b_std])).chunk(2, dim=1)
-    mean, log_std = clipped(mean, log_std.clamp(-20, 2), max_row_grad_norm)
+    log_std = log_std.clamp(-20, 2)
     actions = th.tanh(mean + log_std.exp() * noise)
     log_normal = -0.5 * noise.square() - 0.5 * math.log(2 * math.pi)
     return actions, (log_normal - log_std - th.log(1 - actions.square() + 1e-6)).sum(dim=1, keepdim=True)
@@ -357,20 +348,14 @@ def update_ahead(
         paid = payment.imagined(rewards, log_ratio, th.ones_like(rewards), novelty)
         return paid, 1 - dynamics.end_probability(transition[2])
 
-    def trust(states: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        if ahead.trust_quantile is None:
-            return th.ones_like(actions[..., :1])
-        return trusted(dynamics.novelty(states, actions), ahead.trust_quantile)
-
     def path(weights: Weights) -> Path:
         noise = iter(starts.noise)
         return look_ahead(
-            lambda states: act(spec, weights, seen(states), next(noise), ahead.max_row_grad_norm),
+            lambda states: act(spec, weights, seen(states), next(noise)),
             lambda states, actions, t: dynamics.rsample_parts(states, actions, t, starts.world_noise[t]),
             earned,
             starts.states,
             ahead.steps,
-            trust,
         )
 
     climbed, policy_gradient = th.func.vjp(path, state.actor.weights)  # type: ignore[misc]
@@ -381,8 +366,7 @@ def update_ahead(
     alpha = ent_coef / numbers.unit
 
     def value(critics: Weights, path: Path) -> th.Tensor:
-        states, actions, log_prob = path.reached()
-        last = lowest(values(spec, critics, seen(states), actions)) - alpha * log_prob
+        last = lowest(values(spec, critics, seen(path.states[-1]), path.actions[-1])) - alpha * path.log_prob[-1]
         return expanded_value(path, last, alpha, ahead.gamma)
 
     targets = (value(state.target, climbed) + alpha * climbed.log_prob[0]).clamp(

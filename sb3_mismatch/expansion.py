@@ -158,10 +158,9 @@ class Expanding(FastSAC):
         return targets.clamp(self._lowest_value / self._unit, self._highest_value / self._unit)
 
     def _expanded_value(self, path: Path, critic: Any, ent_coef: th.Tensor) -> th.Tensor:
-        """J, with V(s_k) = min_i Q_i(s_k, a_k) - α log π(a_k|s_k): (n, 1)."""
-        states, actions, log_prob = path.reached()
-        q_values = th.cat(critic(self._seen(states), actions), dim=1)
-        last = q_values.min(dim=1, keepdim=True).values - ent_coef * log_prob
+        """J, with V(s_h) = min_i Q_i(s_h, a_h) - α log π(a_h|s_h): (n, 1)."""
+        q_values = th.cat(critic(self._seen(path.states[-1]), path.actions[-1]), dim=1)
+        last = q_values.min(dim=1, keepdim=True).values - ent_coef * path.log_prob[-1]
         return expanded_value(path, last, ent_coef, self.gamma)
 
     def _seen(self, flat: th.Tensor) -> Any:

@@ -1,7 +1,7 @@
 """Fit the dynamics (bootstraps, holdout, elites) and the classifier."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,10 +30,6 @@ Value = Callable[[th.Tensor], th.Tensor]
 EXPLOSION = 10.0
 #: Of the continuous ranked probability score: about as steep as the likelihood where noise is 1/200 of a deviation.
 CRPS_WEIGHT = 200.0
-#: Beyond these an error, over the mean of all, makes no more difference to a row's priority.
-ERRORS = 0.1, 10.0
-#: So many rows at most are asked at a fit what the dynamics err by there.
-MOST_JUDGED = 20_000
 
 
 class Terms:
@@ -109,8 +105,6 @@ class FitSettings:
     How the world is fitted, each time from where it stands.
 
     :param dynamics_steps: gradient steps of the dynamics
-    :param final_rate: the share of their ``learning_rate`` to which it falls over the second half of these, by equal
-        factors, each time anew: large steps find what is new, small ones lose the noise of minibatches
     :param average_steps: the dynamics that imagine are the mean of those that learn over about so many of their last
         gradient steps (:class:`Mean`); 0: those that learn
     :param classifier_steps: gradient steps of the classifier
@@ -118,21 +112,16 @@ class FitSettings:
     :param recent_ratio: share of the dynamics' rows that are drawn among the newest: where the policy went last is
         where it goes next, and what it seeks there may be an error
     :param n_recent: how many rows are the newest
-    :param priority: the others are drawn in proportion to what the dynamics err by to the power of it: where the world
-        is wrong the policy goes, and what it finds there is soon a small part of all. 0: all alike. Source: α of
-        prioritized experience replay (Schaul et al., 2016), there over the critics' errors
     :param holdout_ratio: share of real rows held out
     :param max_holdout: at most so many of them (mbpo/models/bnn.py: 5000)
     """
 
     dynamics_steps: int = 80
-    final_rate: float = 1.0
     average_steps: int = 0
     classifier_steps: int = 20
     batch_size: int = 64
     recent_ratio: float = 0.5
     n_recent: int = 250
-    priority: float = 0.0
     holdout_ratio: float = 0.2
     max_holdout: int = 1000
 
@@ -141,27 +130,8 @@ class FitSettings:
             check_count(f"fit_kwargs[{name!r}]", getattr(self, name))
         if self.average_steps != 0:
             check_count("fit_kwargs['average_steps']", self.average_steps, "0 for none, or ")
-        check_number("fit_kwargs['final_rate']", self.final_rate, 1e-6, 1)
         check_number("fit_kwargs['recent_ratio']", self.recent_ratio, 0, 1)
-        check_number("fit_kwargs['priority']", self.priority, 0, 10)
         check_number("fit_kwargs['holdout_ratio']", self.holdout_ratio, 0, 0.9)
-
-    def shares_of_rate(self) -> list[float]:
-        """The learning rate of each of the dynamics' steps, as a share of the whole."""
-        n = self.dynamics_steps
-        return [self.final_rate ** max(2 * i / n - 1, 0.0) for i in range(n)]
-
-
-class Priorities(NamedTuple):
-    """
-    In proportion to what training rows are drawn.
-
-    :param places: of the rows among all for training, (m,)
-    :param weights: above 0, (m,)
-    """
-
-    places: th.Tensor
-    weights: th.Tensor
 
 
 def split_holdout(data: RealTransitions, settings: FitSettings) -> tuple[th.Tensor, th.Tensor]:
@@ -221,17 +191,15 @@ def fit_dynamics(
     def judge() -> tuple[th.Tensor, th.Tensor]:
         return loss(held) / n_targets, _end_loss(dynamics, held)
 
-    priorities = prioritised(dynamics, batch, train, settings.priority) if settings.priority > 0 else None
-    rows = bootstraps(train, n_members, settings, priorities)
+    rows = bootstraps(train, n_members, settings)
     columns = th.randint(len(train), (settings.dynamics_steps, n_members, settings.batch_size), device=device)
     step = training_step(dynamics, optimizer, batch, rows, loss)
     starts = Start(_Body(dynamics), optimizer), Start(dynamics.end, optimizer)
     before = judge()
     mean = Mean(dynamics.body.parameters(), optimizer, settings.average_steps) if settings.average_steps > 0 else None
     dynamics.train()
-    with _rates_of(optimizer) as set_share, mean or nullcontext():
-        for column, share in zip(columns, settings.shares_of_rate(), strict=True):
-            set_share(share)
+    with mean or nullcontext():
+        for column in columns:
             step(column)
             if mean is not None:
                 mean.follow()
@@ -271,40 +239,17 @@ def fit_dynamics(
     }
 
 
-def bootstraps(
-    train: th.Tensor, n_members: int, settings: FitSettings, priorities: Priorities | None = None
-) -> th.Tensor:
+def bootstraps(train: th.Tensor, n_members: int, settings: FitSettings) -> th.Tensor:
     """
     The rows that each member learns from, drawn with replacement, a share of them among the newest: (E, n).
 
     :param train: indices of the training rows, oldest first, (n,)
-    :param priorities: of those that need not be the newest; ``None``: all alike
     """
     shape = (n_members, len(train))
-    if priorities is None:
-        drawn = th.randint(len(train), shape, device=train.device)
-    else:
-        drawn = priorities.places[th.multinomial(priorities.weights, n_members * len(train), replacement=True)]
+    drawn = th.randint(len(train), shape, device=train.device)
     newest = len(train) - 1 - th.randint(min(settings.n_recent, len(train)), shape, device=train.device)
     is_recent = th.rand(shape, device=train.device) < settings.recent_ratio
-    return train[th.where(is_recent, newest, drawn.view(shape))]
-
-
-@th.no_grad()
-def prioritised(dynamics: Dynamics, batch: ReplayBufferSamples, train: th.Tensor, priority: float) -> Priorities:
-    """
-    Training rows, ``MOST_JUDGED`` at most, by their squared errors under one member each: these over their mean, within
-    ``ERRORS``, to the power of ``priority``.
-    """
-    n, n_members, device = len(train), dynamics.n_members, train.device
-    places = th.arange(n, device=device) if n <= MOST_JUDGED else th.randperm(n, device=device)[:MOST_JUDGED]
-    n, each = len(places), -(-len(places) // n_members)
-    # As many for each member, wrapped round to fill the last ones.
-    turns = train[places[th.arange(n_members * each, device=device) % n]].view(n_members, each)
-    observations, actions, next_observations, _, rewards = (c[turns] for c in batch[:5])
-    errors = dynamics.squared_error(observations, actions, next_observations, rewards)
-    errors = (dynamics.target_weights() * errors).mean(dim=-1).flatten()[:n]
-    return Priorities(places, (errors / errors.mean().clamp(min=1e-12)).clamp(*ERRORS) ** priority)
+    return train[th.where(is_recent, newest, drawn)]
 
 
 def training_step(
@@ -333,31 +278,6 @@ def training_step(
         optimizer.step()
 
     return replayed(step, optimizer, bootstrap.device)
-
-
-@contextmanager
-def _rates_of(optimizer: th.optim.Optimizer) -> Iterator[Callable[[float], None]]:
-    """Give what sets all learning rates to a share of what they are before and after."""
-    groups = optimizer.param_groups
-    rates = [group["lr"] for group in groups]
-
-    def set_share(share: float) -> None:
-        for group, rate in zip(groups, rates, strict=True):
-            if isinstance(group["lr"], th.Tensor):
-                group["lr"].fill_(share * rate)
-            else:
-                group["lr"] = share * rate
-
-    try:
-        for group in groups:
-            device = group["params"][0].device
-            if device.type == "cuda":
-                # A number would be a constant of the captured graph.
-                group["lr"] = th.tensor(group["lr"], device=device)
-        yield set_share
-    finally:
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
 
 
 class _Body(nn.Module):

@@ -153,15 +153,11 @@ class ImaginedRows(NamedTuple):
     alive: th.Tensor
 
 
-def n_step_rows(
-    trajectories: Trajectories, log_ratio: th.Tensor, novelty: th.Tensor, n_steps: int, within: th.Tensor | None = None
-) -> ImaginedRows:
+def n_step_rows(trajectories: Trajectories, log_ratio: th.Tensor, novelty: th.Tensor, n_steps: int) -> ImaginedRows:
     """
-    Every n-step transition that lies within the trajectories, as far as they are trusted, and does not start behind an
-    end.
+    Every n-step transition that lies within the trajectories and does not start behind an end.
 
     :param log_ratio, novelty: of each step, (horizon, n, 1)
-    :param within: what :func:`~sb3_mismatch.trust.trusted` says of each step; ``None``: all are trusted
     """
     t = trajectories
     starts = range(len(t.rewards) - n_steps + 1)
@@ -172,8 +168,6 @@ def n_step_rows(
 
     alive = windows(t.alive)
     keep = alive[:, 0] > 0
-    if within is not None:
-        keep &= windows(within)[:, -1] > 0
     first, last = slice(0, len(starts)), slice(n_steps - 1, None)
     rows = ImaginedRows(
         t.observations[first].flatten(0, 1),

@@ -26,13 +26,12 @@ from sb3_mismatch.imagination import (
     members_ways,
     visited,
 )
-from sb3_mismatch.lookahead import Path, clipped, look_ahead
+from sb3_mismatch.lookahead import Path, look_ahead
 from sb3_mismatch.objectives import OBJECTIVES, Objective, Payment, positive_offset
 from sb3_mismatch.observations import Normalization, Observations, TensorObservations
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.settings import WEIGHTS, check_count
 from sb3_mismatch.standardising import first_layers, least, standardised
-from sb3_mismatch.trust import trusted
 from sb3_mismatch.world import World
 from sb3_mismatch.world_env import FORMS, ImaginedEpisodes
 
@@ -56,8 +55,6 @@ class Imagining(OffPolicyAlgorithm):
     n_elites: int
     #: Steps that the update itself looks ahead; none under algorithms that know nothing of it.
     expansion: int = 0
-    max_row_grad_norm: float | None = None
-    trust_quantile: float | None = None
     _unit: float | None = None
     _lowest_value: float
     _highest_value: float
@@ -358,13 +355,6 @@ class Imagining(OffPolicyAlgorithm):
             return th.zeros_like(actions[..., :1])
         return self.world.dynamics.novelty(observations, actions)
 
-    @th.no_grad()
-    def _trusted(self, observations: th.Tensor, actions: th.Tensor, alive: th.Tensor | None = None) -> th.Tensor:
-        """Up to where trajectories, (h, n, .), count: :func:`~sb3_mismatch.trust.trusted`."""
-        if self.trust_quantile is None:
-            return th.ones_like(actions[..., :1])
-        return trusted(self.world.dynamics.novelty(observations, actions), self.trust_quantile, alive)
-
     def _n_starts(self, batch_size: int) -> int:
         """The imagined share of a minibatch."""
         return 0 if len(self.world.imagined) == 0 else batch_size - round(self._real_share * batch_size)
@@ -374,10 +364,7 @@ class Imagining(OffPolicyAlgorithm):
         world, normalize, payment = self.world, self._normalization(), self._payment()
 
         def act(flat: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-            mean, log_std, kwargs = self.actor.get_action_dist_params(self._seen(flat))  # type: ignore[operator]
-            if not self.use_sde:  # Whose log_std is of no row.
-                mean, log_std = clipped(mean, log_std, self.max_row_grad_norm)
-            actions, log_prob = self.actor.action_dist.log_prob_from_params(mean, log_std, **kwargs)  # type: ignore[operator, union-attr]
+            actions, log_prob = self.actor.action_log_prob(self._seen(flat))  # type: ignore[operator]
             return actions, log_prob.reshape(-1, 1)
 
         def earned(
@@ -394,12 +381,12 @@ class Imagining(OffPolicyAlgorithm):
             states = world.imagined.sample_states(-(-n // self.n_elites) * self.n_elites)
             if self.use_sde:
                 self.actor.reset_noise(len(states))  # type: ignore[operator]
-            return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion, self._trusted)
+            return look_ahead(act, world.dynamics.rsample_parts, earned, states, self.expansion)
 
     def _ahead(self) -> Ahead | None:
         if self._starts_each == 0:
             return None
-        return Ahead(self.expansion, self._row, self.gamma, self.max_row_grad_norm, self.trust_quantile)
+        return Ahead(self.expansion, self._row, self.gamma)
 
     def _looked_into(self) -> tuple[th.nn.Module, ...]:
         return () if self._starts_each == 0 else (self.world.dynamics, self.world.classifier)

@@ -53,9 +53,6 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         where the world cannot be learned, 1
     :param horizon: imagined steps per trajectory: a number, or a schedule over environment steps
         ``[first_step, last_step, first_horizon, last_horizon]``
-    :param trust_quantile: trajectories, and the paths of who looks ahead, count up to where the elites disagree more,
-        by the measure of what they err, than at this share of the states that they start from (MACURA: 0.95); ``None``:
-        to their end
     :param imagined_n_steps: imagined rows hold n-step returns of so many steps, at most the horizon: values travel
         faster than by single steps, and the actions are those of the policy at the last fit (MBPO: 1). As in SB3's
         n-step buffer, the entropy of the steps between is not paid.
@@ -100,7 +97,6 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         objective: str | Objective = "mnm-approx",
         real_ratio: float | str = "auto",
         horizon: int | Sequence[int] = 5,
-        trust_quantile: float | None = None,
         imagined_n_steps: int = 5,
         random_steps: int | str = 0,
         model_train_freq: int = 50,
@@ -130,7 +126,6 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         self.objective = objective
         self.real_ratio = real_ratio
         self.horizon = horizon
-        self.trust_quantile = trust_quantile
         self.imagined_n_steps = imagined_n_steps
         self.random_steps = random_steps
         self.model_train_freq = model_train_freq
@@ -345,9 +340,8 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             assert self.replay_buffer is not None
             starts = random_states(self.replay_buffer, self.world.observations, n_starts, self.device)
             trajectories = self._imagined_from(starts, horizon)
-            within = self._trusted(*trajectories[:2], trajectories.alive)
             judged = self._log_ratio(*trajectories[:3]), self._novelty(*trajectories[:2])
-            rows = n_step_rows(trajectories, *judged, n_steps, within)
+            rows = n_step_rows(trajectories, *judged, n_steps)
             (self.world.imagined.renew if renews else self.world.imagined.replace)(rows)
         met = trajectories.rows()
         self._world_log.update(
@@ -357,7 +351,6 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
                 "imagination/finished": met.dones.mean().item(),
                 "imagination/reward": met.rewards.mean().item(),
                 "imagination/novelty": rows.novelty.mean().item(),
-                "imagination/trusted": within[trajectories.alive > 0].mean().item(),
                 "imagination/real_ratio": self._real_share,
             }
         )
@@ -397,9 +390,6 @@ class MnM(ModelBased, Expanding):
         call of ``learn``, where it looks ahead; 1: as fast as its critics throughout
     :param critic_layer_norm: whether critics that look ahead have their hidden layers normalised
         (:mod:`sb3_mismatch.normalising`)
-    :param max_row_grad_norm: what flows back from an imagined path into what the actor says of one of its actions is
-        clipped to so many times the mean norm of all paths in the minibatch, so that no path pulls much harder than
-        the others; ``None``, and ``use_sde=True``: not clipped
 
     Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
     Model-Based RL", NeurIPS 2022.
@@ -421,7 +411,6 @@ class MnM(ModelBased, Expanding):
         expansion: int = 5,
         actor_rate: float = 0.3,
         critic_layer_norm: bool = True,
-        max_row_grad_norm: float | None = None,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,
@@ -435,7 +424,6 @@ class MnM(ModelBased, Expanding):
         self.expansion = expansion
         self.actor_rate = actor_rate
         self.critic_layer_norm = critic_layer_norm
-        self.max_row_grad_norm = max_row_grad_norm
         if _init_setup_model:
             self._setup_model()
 

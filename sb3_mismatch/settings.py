@@ -54,8 +54,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_number("actor_rate", settings["actor_rate"], 0, 1)
         if not isinstance(settings["critic_layer_norm"], bool):
             raise TypeError(f"critic_layer_norm={settings['critic_layer_norm']!r} must be True or False")
-        if settings["max_row_grad_norm"] is not None:
-            check_number("max_row_grad_norm", settings["max_row_grad_norm"], 1e-3, math.inf, "None, or ")
     if settings["random_steps"] not in (0, "auto"):
         check_count("random_steps", settings["random_steps"], "'auto', 0 for none, or ")
     if settings["average_steps"] != 0:
@@ -78,8 +76,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"horizon={horizon!r} must be a number of at least 1, or a schedule "
             "[first_step, last_step, first_horizon, last_horizon] with rising steps and horizons of at least 1"
         )
-    if settings["trust_quantile"] is not None:
-        check_number("trust_quantile", settings["trust_quantile"], 0, 1, "None, or ")
     for name in WEIGHTS:
         if settings[name] is not None:
             check_number(name, settings[name], -math.inf if name == "novelty_weight" else 0, math.inf, "None, or ")

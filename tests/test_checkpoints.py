@@ -106,7 +106,7 @@ NOISE = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.full(1, 0.3))
         {"action_noise": NOISE, "learning_rate": LinearSchedule(1e-3, 0, 1)},
         {"train_freq": (1, "episode"), "gradient_steps": 20},
         {"train_freq": 9, "seed": None},
-        {"fit_kwargs": {"average_steps": 10, "dynamics_steps": 5, "priority": 1.0}},
+        {"fit_kwargs": {"average_steps": 10, "dynamics_steps": 5}},
     ],
     ids=lambda changed: next(iter(changed)),
 )

@@ -14,17 +14,14 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.testing import assert_close
 from toys import LinearSystem, rows_of
 
-from sb3_mismatch import fitting
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
-from sb3_mismatch.dynamics import Dynamics, Gaussian
+from sb3_mismatch.dynamics import Dynamics
 from sb3_mismatch.fitting import (
     FitSettings,
-    Priorities,
     Terms,
     bootstraps,
     fit_dynamics,
-    prioritised,
     split_holdout,
     training_step,
 )
@@ -70,7 +67,7 @@ def linear():
     system = LinearSystem()
     dynamics = Dynamics(3, 1, n_members=3, n_elites=3, net_arch=[32, 32])
     data = system.draw(5000)
-    log = fit(dynamics, data, lr=1e-2, dynamics_steps=800, batch_size=256, final_rate=0.02)
+    log = fit(dynamics, data, lr=1e-2, dynamics_steps=800, batch_size=256, average_steps=200)
     return system, dynamics, data, log
 
 
@@ -210,66 +207,6 @@ def test_a_share_of_the_rows_are_the_newest():
     assert set(bootstraps(train, 2, FitSettings(recent_ratio=1.0, n_recent=2)).unique().tolist()) == {1998, 1999}
 
 
-def test_rows_are_drawn_by_their_priorities_beside_the_newest():
-    th.manual_seed(0)
-    priorities = Priorities(th.tensor([3, 7]), th.tensor([1.0, 3.0]))
-    rows = bootstraps(th.arange(1000, 2000), 2, FitSettings(recent_ratio=0.5, n_recent=10), priorities)
-    assert set(rows.unique().tolist()) == {1003, 1007, *range(1990, 2000)}
-    assert (rows == 1003).float().mean().item() == pytest.approx(0.125, abs=0.03)
-    assert (rows == 1007).float().mean().item() == pytest.approx(0.375, abs=0.03)
-
-
-@pytest.mark.parametrize("n_members", [1, 3])
-@pytest.mark.parametrize("priority", [1.0, 0.5])
-def test_priorities_follow_the_errors(monkeypatch, n_members, priority):
-    """Rows that are foretold but for one, which counts ten times the mean at most, and a tenth of it the others."""
-    th.manual_seed(0)
-    dynamics = Dynamics(1, 1, n_members, 1)
-    s, a, wrong = th.randn(50, 1), th.randn(50, 1), th.zeros(50, 1)
-    wrong[20] = 7.0
-    monkeypatch.setattr(
-        dynamics, "forward", lambda s, a: Gaussian(th.zeros(*s.shape[:2], 2), th.zeros(*s.shape[:2], 2))
-    )
-    data = rows_of(s, a, s + wrong, th.zeros(50, 1))
-    train = th.arange(10, 50)
-    expected = th.full((40,), 0.1**priority)
-    expected[10] = 10.0**priority
-    priorities = prioritised(dynamics, data.batch, train, priority)
-    assert_close(priorities.places, th.arange(40))
-    assert_close(priorities.weights, expected)
-    # Of more rows than are judged the others are left out.
-    monkeypatch.setattr(fitting, "MOST_JUDGED", 15)
-    places, weights = prioritised(dynamics, data.batch, train, priority)
-    assert len(places.unique()) == len(weights) == 15
-
-
-def test_where_nothing_is_missed_no_row_goes_first(monkeypatch):
-    dynamics = Dynamics(1, 1, 2, 1)
-    monkeypatch.setattr(dynamics, "squared_error", lambda s, a, s2, r: th.zeros(*s.shape[:2], 2))
-    weights = prioritised(dynamics, numbered(30).batch, th.arange(30), 1.0).weights
-    assert_close(weights, weights[:1].clamp(min=1e-3).expand(30))
-
-
-def test_what_is_rare_and_wrong_is_learned_by_its_priority():
-    """One row in fifty moves: for the score, which is no steeper for large errors, too few to learn from."""
-    errors = {}
-    for priority in (0.0, 1.0):
-        th.manual_seed(0)
-        s, a, moves = th.randn(2000, 1), th.randn(2000, 1), th.arange(2000) % 50 == 25
-        s[moves] = 5 + th.rand(40, 1)
-        data, dynamics = rows_of(s, a, s + moves.unsqueeze(1) * a), Dynamics(1, 1, 2, 2, net_arch=[32])
-
-        def loss(rows, dynamics=dynamics):
-            return 10 * dynamics.crps_of(dynamics(*rows[:2]), rows[0], rows[2], rows.rewards).mean(dim=1)
-
-        for _ in range(5):
-            fit(dynamics, data, loss=loss, lr=1e-2, dynamics_steps=60, recent_ratio=0.0, priority=priority)
-        rare = [c[moves].expand(2, -1, -1) for c in data.batch[:5]]
-        with th.no_grad():
-            errors[priority] = dynamics.squared_error(*rare[:3], rare[4]).mean().item()
-    assert errors[1.0] < 0.2 * errors[0.0], errors
-
-
 def test_members_minibatches_differ():
     steps = used(numbered(500), dynamics_steps=3, batch_size=32)
     for step in range(3):
@@ -397,44 +334,20 @@ def test_every_fit_takes_its_steps_and_keeps_the_last():
 
 
 class Watched(th.optim.Adam):
-    """Keeps the learning rates of its steps, and its first parameter after each; stops in the step that is ``last``."""
+    """Keeps its first parameter after each of its steps; stops in the step that is ``last``."""
 
     last = math.inf
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.rates, self.seen = [], []
+        self.n_steps, self.seen = 0, []
 
     def step(self, closure=None):
-        self.rates += [float(group["lr"]) for group in self.param_groups]
-        if len(self.rates) >= self.last:
+        self.n_steps += 1
+        if self.n_steps >= self.last:
             raise KeyboardInterrupt
         super().step(closure)
         self.seen.append(self.param_groups[0]["params"][0].detach().clone())
-
-
-def test_rate_falls_over_the_second_half_of_each_fit():
-    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
-    optimizer = Watched(dynamics.parameters(), lr=1e-3)
-    for _ in range(2):
-        optimizer.rates = []
-        fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=8, final_rate=0.0625)
-        assert optimizer.rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4], rel=1e-5)
-        # The number that it was: the optimizer is saved as if nothing had been.
-        assert optimizer.param_groups[0]["lr"] == 1e-3
-        assert isinstance(optimizer.param_groups[0]["lr"], float)
-    optimizer.rates = []
-    fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=3)
-    assert optimizer.rates == [1e-3] * 3
-
-
-def test_interrupted_fit_leaves_the_rate_as_it_was():
-    dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
-    optimizer = Watched(dynamics.parameters(), lr=1e-3)
-    optimizer.last = 15
-    with pytest.raises(KeyboardInterrupt):
-        fit(dynamics, noise(), optimizer=optimizer, dynamics_steps=20, final_rate=0.02)
-    assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_mean_of_the_dynamics_imagines_and_they_learn_as_without():
@@ -497,25 +410,6 @@ def test_mean_loses_the_noise_of_minibatches():
     assert errors[100] < 0.6 * errors[0], errors
 
 
-def test_falling_rate_loses_the_noise_of_minibatches():
-    """As many steps on the same system, but for the rate: nearer to the mean outcome, over the last of some fits."""
-    system = LinearSystem()
-    errors = {}
-    for final_rate in (1.0, 0.02):
-        th.manual_seed(0)
-        data, dynamics = system.draw(5000), Dynamics(3, 1, 2, 2, net_arch=[32])
-        s, a = (x.expand(2, -1, -1) for x in data.batch[:2])
-        following, rewards = s @ system.A.T + a @ system.B.T, s @ system.w.view(3, 1) + system.v * a
-        optimizer = th.optim.Adam(dynamics.parameters(), lr=1e-2)
-        after = []
-        for _ in range(6):
-            fit(dynamics, data, optimizer=optimizer, dynamics_steps=200, recent_ratio=0.0, final_rate=final_rate)
-            with th.no_grad():
-                after.append(dynamics.squared_error(s, a, following, rewards).mean().item())
-        errors[final_rate] = sum(after[3:]) / 3
-    assert errors[0.02] < 0.6 * errors[1.0], errors
-
-
 def test_fit_that_is_not_finite_is_told():
     dynamics = Dynamics(2, 1, 2, 1, net_arch=[8])
     with th.no_grad():
@@ -532,10 +426,6 @@ def test_settings_out_of_range_are_refused(name):
         FitSettings(**{name: 0})
     with pytest.raises(ValueError, match=r"holdout_ratio'\]=0.95 must be a finite number between 0 and 0.9"):
         FitSettings(holdout_ratio=0.95)
-    with pytest.raises(ValueError, match=r"fit_kwargs\['final_rate'\]=0 must be a finite number between 1e-06 and 1"):
-        FitSettings(final_rate=0)
-    with pytest.raises(ValueError, match=r"fit_kwargs\['priority'\]=-1 must be a finite number between 0 and 10"):
-        FitSettings(priority=-1)
     with pytest.raises(ValueError, match=r"average_steps'\]=-1 must be 0 for none, or a whole number of at least 1"):
         FitSettings(average_steps=-1)
 

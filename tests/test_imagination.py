@@ -17,7 +17,6 @@ from sb3_mismatch.imagination import (
     lower_bound,
     n_step_rows,
 )
-from sb3_mismatch.trust import trusted
 
 
 class Sum:
@@ -191,31 +190,6 @@ def test_rows_of_the_whole_horizon_are_one_for_each_trajectory():
     assert th.equal(rows.next_observations, trajectories.next_observations[-1])
     assert th.equal(rows.rewards, trajectories.rewards.squeeze(2).T)
     assert th.equal(rows.dones, trajectories.dones.amax(dim=0))
-
-
-# -- as far as the world is trusted --
-
-#: A start that is newer than the others; one that meets something new at its second step; one that ends before it does.
-NOVELTY = th.tensor([[0.2, 0.1, 0.1], [0.05, 0.15, 0.05], [0.05, 0.05, 0.9], [0.15, 0.05, 0.9]]).unsqueeze(2)
-ALIVE = th.tensor([[1.0, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]]).unsqueeze(2)
-
-
-def test_a_trajectory_is_trusted_up_to_what_is_newer_than_the_starts():
-    expected = th.tensor([[1.0, 1, 1], [1, 0, 1], [1, 0, 1], [0, 0, 1]]).unsqueeze(2)
-    assert th.equal(trusted(NOVELTY, 0.5, ALIVE), expected)
-
-
-def test_all_is_trusted_that_is_no_newer_than_the_newest_start():
-    assert (trusted(NOVELTY, 1.0, ALIVE) == 1).all()
-
-
-def test_rows_lie_within_what_is_trusted():
-    t = Trajectories(*th.arange(12.0).view(4, 3, 1).expand(3, 4, 3, 1), th.zeros(4, 3, 1), th.ones(4, 3, 1), ALIVE)
-    t = t._replace(dones=th.tensor([[0.0, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]).unsqueeze(2))
-    within = trusted(NOVELTY, 0.5, ALIVE)
-    for n_steps, starts in ((1, [0, 1, 2, 3, 5, 6]), (2, [0, 2, 3, 5])):
-        rows = n_step_rows(t, NOVELTY, NOVELTY, n_steps, within)
-        assert sorted(rows.observations.flatten().tolist()) == starts
 
 
 # -- the bound --

@@ -306,9 +306,6 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"real_ratio": float("nan")}, "real_ratio=nan"),
         ({"real_ratio": "0.1"}, "real_ratio='0.1' must be 'auto', or a number"),
         ({"actor_rate": "slow"}, "actor_rate='slow' must be a number"),
-        ({"trust_quantile": 1.5}, "trust_quantile=1.5 must be None, or a finite number between 0 and 1"),
-        ({"max_row_grad_norm": 0}, "max_row_grad_norm=0 must be None, or a finite number between 0.001 and inf"),
-        ({"max_row_grad_norm": "all"}, "max_row_grad_norm='all' must be None, or a number"),
         ({"critic_layer_norm": "yes"}, "critic_layer_norm='yes' must be True or False"),
         ({"actor_rate": -0.1}, "actor_rate=-0.1 must be a finite number between 0 and 1"),
         ({"horizon": 0}, "horizon=0 must be a whole number of at least 1"),
@@ -508,7 +505,6 @@ WORLD_KEYS = {
     "imagination/finished",
     "imagination/reward",
     "imagination/novelty",
-    "imagination/trusted",
     "imagination/real_ratio",
     "imagination/seconds",
 }
