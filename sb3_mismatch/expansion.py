@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_mismatch.compiled import Rows, Sizes, Starts
 from sb3_mismatch.fast_sac import FastSAC, Losses, descend
 from sb3_mismatch.lookahead import Path, expanded_value
-from sb3_mismatch.normalising import normalise_hidden_layers
+from sb3_mismatch.normalising import normalise_last_features
 from sb3_mismatch.terminations import TransitionFunction
 from sb3_mismatch.world import World
 
@@ -50,7 +50,7 @@ class Expanding(FastSAC):
             return
         if self.critic_layer_norm:
             for critic in (self.critic, self.critic_target):
-                normalise_hidden_layers(critic)
+                normalise_last_features(critic)
         if "eps" not in self.policy.optimizer_kwargs:
             for optimizer in (self.actor.optimizer, self.critic.optimizer):
                 for group in optimizer.param_groups:

@@ -388,7 +388,7 @@ class MnM(ModelBased, Expanding):
         imagined states; 0: minibatches of imagined transitions instead, in SAC's own update
     :param actor_rate: the share of ``learning_rate`` to which the actor's falls, by equal factors at equal steps of a
         call of ``learn``, where it looks ahead; 1: as fast as its critics throughout
-    :param critic_layer_norm: whether critics that look ahead have their hidden layers normalised
+    :param critic_layer_norm: whether critics that look ahead have their last hidden layer normalised
         (:mod:`sb3_mismatch.normalising`)
 
     Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
@@ -410,7 +410,7 @@ class MnM(ModelBased, Expanding):
         *args: Any,
         expansion: int = 5,
         actor_rate: float = 0.3,
-        critic_layer_norm: bool = True,
+        critic_layer_norm: bool = False,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,

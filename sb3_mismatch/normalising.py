@@ -1,12 +1,12 @@
 """
-Critics whose hidden layers are normalised.
+Critics whose last hidden layer is normalised.
 
-What such a critic says far from what it has learned is bounded by the weights of its last layer, and its slope along
-an action falls as the activations grow. Values that an actor climbs through several steps of a learned world, and that
-are learned from one another, do not run away there.
+What such a critic says far from what it has learned is bounded by the weights behind that layer. Values that an actor
+climbs through several steps of a learned world, and that are learned from one another, do not run away there.
 
-Source: Ba et al., "Layer Normalization" (2016); for critics, Ball et al., "Efficient Online Reinforcement Learning with
-Offline Data", ICML 2023, and DHMBPO (Kubo et al., TMLR 2025).
+Source: Ba et al., "Layer Normalization" (2016); for the last features of a critic, Hussing et al., "Dissecting Deep RL
+with High Update Ratios: Combatting Value Divergence", RLC 2024; for all of them, Ball et al., "Efficient Online
+Reinforcement Learning with Offline Data", ICML 2023, and DHMBPO (Kubo et al., TMLR 2025).
 """
 
 from typing import Any
@@ -29,13 +29,13 @@ class NormalisedLinear(nn.Linear):
         return layer_norm(super().forward(x))
 
 
-def normalise_hidden_layers(critic: Any) -> None:
+def normalise_last_features(critic: Any) -> None:
     """
-    Normalise the hidden layers of SB3's critics, in place: the same layers, parameters and all, of another class.
+    Normalise the last hidden layer of SB3's critics, in place: the same layer, parameters and all, of another class.
 
     :param critic: a :class:`~stable_baselines3.common.policies.ContinuousCritic`
     """
     for network in critic.q_networks:
-        for layer in network[:-1]:
-            if type(layer) is nn.Linear:
-                layer.__class__ = NormalisedLinear
+        hidden = [layer for layer in network if type(layer) is nn.Linear][:-1]
+        for layer in hidden[-1:]:
+            layer.__class__ = NormalisedLinear

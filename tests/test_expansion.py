@@ -21,6 +21,7 @@ from agents import (
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
 from test_compiled import assert_close_agents, trained_both_ways, uncompiled  # noqa: F401
+from torch import nn
 from torch.testing import assert_close
 
 from sb3_mismatch import MBPO, MnM
@@ -245,10 +246,15 @@ def test_compiled_is_plain_where_the_world_is_cooler(uncompiled, monkeypatch):  
     assert not th.allclose(weights(plain), weights(without))
 
 
-def test_compiled_is_plain_where_critics_are_not_normalised(uncompiled, monkeypatch):  # noqa: F811
+def test_compiled_is_plain_where_critics_are_normalised(uncompiled, monkeypatch):  # noqa: F811
     soon(monkeypatch)
-    model = trained(BoxEnv(), 100, real_ratio=0.5, compile=False, critic_layer_norm=False)
-    assert_close_agents(*trained_both_ways(model))
+    model = trained(BoxEnv(), 100, real_ratio=0.5, compile=False, critic_layer_norm=True)
+    plain, fast = trained_both_ways(model)
+    assert_close_agents(plain, fast)
+    for network in (*model.critic.q_networks, *model.critic_target.q_networks):
+        network[0].__class__ = nn.Linear
+    without, _ = trained_both_ways(model)
+    assert not th.allclose(weights(plain), weights(without))
 
 
 def test_compiled_is_plain_where_real_rows_alone_are_left(uncompiled, monkeypatch):  # noqa: F811
