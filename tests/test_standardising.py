@@ -29,9 +29,11 @@ def told(model, observations):
         return actions, model.actor.get_action_dist_params(observations)[1], *values
 
 
+@pytest.mark.parametrize("critic_layer_norm", [False, True])
 @pytest.mark.parametrize("net_arch", NET_ARCHS.values(), ids=NET_ARCHS)
-def test_layers_say_of_z_what_they_say_of_x(net_arch):
-    model = MnM("MlpPolicy", BoxEnv(), **small(policy_kwargs={"net_arch": net_arch}))
+def test_layers_say_of_z_what_they_say_of_x(net_arch, critic_layer_norm):
+    settings = small(policy_kwargs={"net_arch": net_arch}, critic_layer_norm=critic_layer_norm)
+    model = MnM("MlpPolicy", BoxEnv(), **settings)
     x = MEAN + STD * th.randn(50, 3)
     before, kept = told(model, x), weights(model)
     with standardised(first_layers(networks(model)), MEAN, STD):
