@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
 from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
-from sb3_mismatch.normalising import NormalisedLinear, layer_norm
+from sb3_mismatch.normalising import LINEAR, NormalisedLinear, layer_norm
 from sb3_mismatch.objectives import Objective, Payment
 from sb3_mismatch.products import faster_products
 from sb3_mismatch.replaying import Replayed
@@ -186,10 +186,7 @@ def mlp(layers: Layers, weights: Weights, x: th.Tensor) -> th.Tensor:
     """(n, in) -> (n, out)."""
     remaining = iter(weights)
     for layer in layers:
-        if layer in ACTIVATIONS:
-            x = ACTIVATIONS[layer](x)
-            continue
-        x = F.linear(x, next(remaining), next(remaining))
+        x = F.linear(x, next(remaining), next(remaining)) if layer in LINEAR else ACTIVATIONS[layer](x)
         if layer is NormalisedLinear:
             x = layer_norm(x)
     return x
@@ -518,7 +515,7 @@ def uncovered(policy: Policy, optimizers: Sequence[th.optim.Optimizer], n_hooks:
     networks: list[Any] = [actor.latent_pi, *critic.q_networks]
     for network in networks:
         for layer in network:
-            if type(layer) in (nn.Linear, NormalisedLinear):
+            if type(layer) in LINEAR:
                 if "bias" not in dict(layer.named_parameters()):
                     return "layers without bias are not covered"
             elif type(layer) not in ACTIVATIONS or repr(layer) != repr(type(layer)()):

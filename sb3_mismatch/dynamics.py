@@ -218,7 +218,7 @@ class Dynamics(nn.Module):
         unexplained = self.holdout_error[:-1] * (self.targets.std[:-1] / self.next_observations.std).square()
         self.foretold.copy_(unexplained < NOISE)
 
-    def target_weights(self) -> th.Tensor:
+    def _weights(self) -> th.Tensor:
         """Of the targets in the losses, (obs_dim + 1,)."""
         return F.pad(self.foretold.clamp(min=NOISE_WEIGHT), (0, 1), value=1.0)
 
@@ -239,7 +239,7 @@ class Dynamics(nn.Module):
         """:meth:`nll` under what was predicted already."""
         mean, log_var = predicted
         targets = self.standard_targets(observations, next_observations, rewards)
-        return 0.5 * (self.target_weights() * ((mean - targets).square() * (-log_var).exp() + log_var)).sum(dim=-1)
+        return 0.5 * (self._weights() * ((mean - targets).square() * (-log_var).exp() + log_var)).sum(dim=-1)
 
     def crps_of(
         self, predicted: Gaussian, observations: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
@@ -259,15 +259,15 @@ class Dynamics(nn.Module):
         z = (targets - mean) / std
         twice_density = math.sqrt(2 / math.pi) * (-0.5 * z.square()).exp()
         scores = std * (z * th.erf(z / math.sqrt(2)) + twice_density - 1 / math.sqrt(math.pi))
-        return (self.target_weights() * scores).sum(dim=-1)
+        return (self._weights() * scores).sum(dim=-1)
 
     def squared_error(
         self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor
     ) -> th.Tensor:
-        """Squared error of each member's mean in standardised units: (E, N, obs_dim + 1)."""
+        """Mean squared error of each member's mean in standardised units, per target: (E, obs_dim + 1)."""
         targets = self.standard_targets(observations, next_observations, rewards)
         predicted: Gaussian = self(observations, actions)
-        return (predicted.mean - targets).square()
+        return (predicted.mean - targets).square().mean(dim=1)
 
     def log_var_penalty(self) -> th.Tensor:
         """What draws the learned bounds of the log-variances together (PETS): (E,)."""

@@ -216,7 +216,6 @@ def fit_dynamics(
     dynamics.holdout_loss.copy_(error)
     with th.no_grad():
         squared = dynamics.squared_error(held.observations, held.actions, held.next_observations, held.rewards)
-        squared = squared.mean(dim=1)
         elite_error = squared[dynamics.elites].mean(dim=0)
         dynamics.holdout_error.copy_(elite_error)
         if ignores_noise:

@@ -29,6 +29,10 @@ class NormalisedLinear(nn.Linear):
         return layer_norm(super().forward(x))
 
 
+#: kinds of layers whose parameters are those of a linear layer
+LINEAR = (nn.Linear, NormalisedLinear)
+
+
 def normalise_last_features(critic: Any) -> None:
     """
     Normalise the last hidden layer of SB3's critics, in place: the same layer, parameters and all, of another class.

@@ -15,7 +15,7 @@ import torch as th
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from torch import nn
 
-from sb3_mismatch.normalising import NormalisedLinear
+from sb3_mismatch.normalising import LINEAR
 
 #: The least deviation, over one and the mean's size: a layer of raw observations cancels what lies beyond in rounding.
 LEAST_STD = 1e-3
@@ -35,7 +35,7 @@ def first_layers(networks: Sequence[Any]) -> list[nn.Linear]:
         layers += [body[0] for body in bodies if len(body) > 0]
         if hasattr(network, "latent_pi") and len(network.latent_pi) == 0:
             layers += [network.mu, network.log_std]
-    covered = all(type(layer) in (nn.Linear, NormalisedLinear) and layer.bias is not None for layer in layers)
+    covered = all(type(layer) in LINEAR and layer.bias is not None for layer in layers)
     return layers if covered else []
 
 
