@@ -33,6 +33,7 @@ class Expanding(FastSAC):
     expansion: int
     actor_rate: float
     critic_layer_norm: bool
+    min_ent_coef: float
     world: World
     _fitted_at: int | None
     termination_fn: TransitionFunction | None
@@ -41,6 +42,8 @@ class Expanding(FastSAC):
     _unit: float | None = None
     _lowest_value: float = -math.inf
     _highest_value: float = math.inf
+    #: Below which a learned temperature does not fall.
+    _least_ent_coef: float = 0.0
     #: Imagined states in a minibatch.
     _starts_each: int = 0
 
@@ -89,6 +92,7 @@ class Expanding(FastSAC):
         self._lowest_value, self._highest_value = 2 * low - high, 2 * high - low
         largest = paid.abs().quantile(0.99).item()
         unit = max(largest * longest, 1.0)
+        self._least_ent_coef = self.min_ent_coef * largest
         if self._unit is None and self.ent_coef == "auto":
             assert self.log_ent_coef is not None
             self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF * (largest or 1.0)))
@@ -101,6 +105,8 @@ class Expanding(FastSAC):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """FastSAC's, a share of whose minibatches are imagined states."""
         self._starts_each = self._n_starts(batch_size) if self._expands else 0
+        if self._expands and self.log_ent_coef is not None and self._least_ent_coef > 0:
+            self.log_ent_coef.data.clamp_(min=math.log(self._least_ent_coef))
         with self._standardising():
             super().train(gradient_steps, batch_size - self._starts_each)
 

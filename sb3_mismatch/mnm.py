@@ -390,6 +390,8 @@ class MnM(ModelBased, Expanding):
         call of ``learn``, where it looks ahead; 1: as fast as its critics throughout
     :param critic_layer_norm: whether critics that look ahead have their last hidden layer normalised
         (:mod:`sb3_mismatch.normalising`)
+    :param min_ent_coef: below which share of the largest reward (the 0.99 quantile of what is paid, without its sign)
+        a learned ``ent_coef`` does not fall, where it looks ahead
 
     Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
     Model-Based RL", NeurIPS 2022.
@@ -411,6 +413,7 @@ class MnM(ModelBased, Expanding):
         expansion: int = 5,
         actor_rate: float = 0.3,
         critic_layer_norm: bool = False,
+        min_ent_coef: float = 0.0,
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,
@@ -424,6 +427,7 @@ class MnM(ModelBased, Expanding):
         self.expansion = expansion
         self.actor_rate = actor_rate
         self.critic_layer_norm = critic_layer_norm
+        self.min_ent_coef = min_ent_coef
         if _init_setup_model:
             self._setup_model()
 

@@ -177,6 +177,25 @@ def test_temperature_starts_at_a_share_of_the_rewards_unless_it_is_given():
     assert first(expansion=0) == first(real_ratio=1.0) == 1.0
 
 
+def test_a_learned_temperature_stays_above_a_share_of_the_rewards(monkeypatch):
+    soon(monkeypatch)
+
+    def lowest(ent_coef="auto", **settings):
+        model = trained(BoxEnv(), 60, ent_coef=ent_coef, **settings)
+        if model._expands:
+            model._scale_to(th.full((10, 1), -30.0))
+        if model.log_ent_coef is not None:
+            model.log_ent_coef.data.fill_(-20.0)
+        model.train(gradient_steps=1)
+        return model._ent_coef().item() * (model._unit or 1.0)
+
+    assert lowest(min_ent_coef=0.02) == pytest.approx(0.02 * 30, rel=0.01)
+    assert lowest("auto_0.7", min_ent_coef=0.02) == pytest.approx(0.02 * 30, rel=0.01)
+    assert lowest(0.001, min_ent_coef=0.02) == pytest.approx(0.001)
+    for settings in ({}, {"min_ent_coef": 0.02, "expansion": 0}, {"min_ent_coef": 0.02, "real_ratio": 1.0}):
+        assert lowest(**settings) < 1e-8
+
+
 def test_adam_is_calm_where_gradients_are_small_unless_it_is_told_otherwise():
     def epsilons(**settings):
         model = MnM("MlpPolicy", BoxEnv(), **small(**settings))

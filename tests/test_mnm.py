@@ -307,6 +307,7 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"real_ratio": "0.1"}, "real_ratio='0.1' must be 'auto', or a number"),
         ({"actor_rate": "slow"}, "actor_rate='slow' must be a number"),
         ({"critic_layer_norm": "yes"}, "critic_layer_norm='yes' must be True or False"),
+        ({"min_ent_coef": -1}, "min_ent_coef=-1 must be a finite number between 0 and inf"),
         ({"actor_rate": -0.1}, "actor_rate=-0.1 must be a finite number between 0 and 1"),
         ({"horizon": 0}, "horizon=0 must be a whole number of at least 1"),
         ({"horizon": 1.5}, "horizon=1.5"),
