@@ -90,6 +90,12 @@ def real_transitions(
     return RealTransitions(ReplayBufferSamples(*tensors), th.as_tensor(position[keep], device=device))
 
 
+def has_terminated(buffer: ReplayBuffer) -> bool:
+    """Whether an episode of a replay buffer has ended before its time limit."""
+    rows = slice(buffer.size())
+    return bool((buffer.dones[rows] > buffer.timeouts[rows]).any())
+
+
 def _by_age(buffer: ReplayBuffer) -> NDArray[np.int64]:
     """Rows of a replay buffer, oldest first."""
     return (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size

@@ -17,6 +17,9 @@ from sb3_mismatch.world import World
 #: Where ``ent_coef="auto"`` starts, over the largest reward of the first rows: from SAC's 1.0 it takes Adam some 7,000
 #: gradient steps to come down here, and from a tenth of what it should be as long to go up, while actions saturate.
 FIRST_ENT_COEF = 0.1
+#: Where it stays above with normalised critics: they are so even far from the data that a policy may keep its target
+#: entropy for next to nothing, and settle for the first gait that it finds.
+LEAST_ENT_COEF = 0.025
 #: Adam's ε for losses in the critics' unit: where all is as good as can be, gradients are noise alone, which 1e-8 would
 #: blow up to whole steps, until a policy that does all right has wandered off.
 EPS = 1e-6
@@ -32,8 +35,7 @@ class Expanding(FastSAC):
 
     expansion: int
     actor_rate: float
-    critic_layer_norm: bool
-    min_ent_coef: float
+    critic_layer_norm: bool | str
     world: World
     _fitted_at: int | None
     termination_fn: TransitionFunction | None
@@ -42,8 +44,10 @@ class Expanding(FastSAC):
     _unit: float | None = None
     _lowest_value: float = -math.inf
     _highest_value: float = math.inf
-    #: Below which a learned temperature does not fall.
-    _least_ent_coef: float = 0.0
+    #: The largest of what has been paid, but for a hundredth, without its sign.
+    _largest_payment: float = 0.0
+    #: Whether critics are normalised; None before that is settled.
+    _normalised: bool | None = None
     #: Imagined states in a minibatch.
     _starts_each: int = 0
 
@@ -51,14 +55,28 @@ class Expanding(FastSAC):
         super()._setup_model()
         if not self._expands:
             return
-        if self.critic_layer_norm:
-            for critic in (self.critic, self.critic_target):
-                normalise_last_features(critic)
+        if not isinstance(self.critic_layer_norm, str):
+            self._normalised = self.critic_layer_norm
+        self._form_critics()
         if "eps" not in self.policy.optimizer_kwargs:
             for optimizer in (self.actor.optimizer, self.critic.optimizer):
                 for group in optimizer.param_groups:
                     if "eps" in group:
                         group["eps"] = EPS
+
+    def _form_critics(self) -> None:
+        for critic in (self.critic, self.critic_target):
+            normalise_last_features(critic, bool(self._normalised))
+
+    def _settle_critics(self, terminated: bool) -> None:
+        """
+        With ``critic_layer_norm="auto"``, normalise critics that have learned nothing yet where no episode has ended.
+
+        :param terminated: whether one has, before its time limit
+        """
+        if self.critic_layer_norm == "auto" and self._n_updates == 0:
+            self._normalised = not terminated
+            self._form_critics()
 
     @property
     def _expands(self) -> bool:
@@ -90,9 +108,8 @@ class Expanding(FastSAC):
         # A whole range beyond on either side for the entropy: where all is as good as can be, a bound that is met would
         # leave nothing to tell good from better.
         self._lowest_value, self._highest_value = 2 * low - high, 2 * high - low
-        largest = paid.abs().quantile(0.99).item()
+        self._largest_payment = largest = paid.abs().quantile(0.99).item()
         unit = max(largest * longest, 1.0)
-        self._least_ent_coef = self.min_ent_coef * largest
         if self._unit is None and self.ent_coef == "auto":
             assert self.log_ent_coef is not None
             self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF * (largest or 1.0)))
@@ -105,8 +122,8 @@ class Expanding(FastSAC):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """FastSAC's, a share of whose minibatches are imagined states."""
         self._starts_each = self._n_starts(batch_size) if self._expands else 0
-        if self._expands and self.log_ent_coef is not None and self._least_ent_coef > 0:
-            self.log_ent_coef.data.clamp_(min=math.log(self._least_ent_coef))
+        if self._expands and self._normalised and self.log_ent_coef is not None and self._largest_payment > 0:
+            self.log_ent_coef.data.clamp_(min=math.log(LEAST_ENT_COEF * self._largest_payment))
         with self._standardising():
             super().train(gradient_steps, batch_size - self._starts_each)
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, random_states, real_transitions
+from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, has_terminated, random_states, real_transitions
 from sb3_mismatch.expansion import Expanding
 from sb3_mismatch.figures import show_world
 from sb3_mismatch.fitting import Terms, fit_classifier, fit_dynamics
@@ -285,12 +285,14 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         return real_transitions(self.replay_buffer, self.world.observations, self.device, self._vec_normalize_env)
 
     def _set_unit(self, data: RealTransitions) -> None:
-        """Let the critics' unit follow what real transitions are paid."""
+        """Let the critics' unit follow what real transitions are paid, and their form how episodes end."""
         if self._expands:
             normalize = self._normalization()
             rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
             paid = replace(self._payment(), unit=1.0).real(rewards)
             self._scale_to(paid, self._row.slack(self.world.classifier.max_log_ratio))  # type: ignore[attr-defined]
+            assert self.replay_buffer is not None
+            self._settle_critics(has_terminated(self.replay_buffer))  # type: ignore[attr-defined]
 
     def _fit_dynamics(self, data: RealTransitions) -> None:
         """Minimise the objective's loss for the dynamics."""
@@ -389,9 +391,8 @@ class MnM(ModelBased, Expanding):
     :param actor_rate: the share of ``learning_rate`` to which the actor's falls, by equal factors at equal steps of a
         call of ``learn``, where it looks ahead; 1: as fast as its critics throughout
     :param critic_layer_norm: whether critics that look ahead have their last hidden layer normalised
-        (:mod:`sb3_mismatch.normalising`)
-    :param min_ent_coef: below which share of the largest reward (the 0.99 quantile of what is paid, without its sign)
-        a learned ``ent_coef`` does not fall, where it looks ahead
+        (:mod:`sb3_mismatch.normalising`), with a learned ``ent_coef`` that stays above 0.025 of the largest reward.
+        "auto": where no episode has ended before its time limit by the first update, in critics that start anew
 
     Source: Eysenbach, Khazatsky, Levine, Salakhutdinov, "Mismatched No More: Joint Model-Policy Optimization for
     Model-Based RL", NeurIPS 2022.
@@ -412,8 +413,7 @@ class MnM(ModelBased, Expanding):
         *args: Any,
         expansion: int = 5,
         actor_rate: float = 0.3,
-        critic_layer_norm: bool = False,
-        min_ent_coef: float = 0.0,
+        critic_layer_norm: bool | str = "auto",
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,
@@ -427,7 +427,6 @@ class MnM(ModelBased, Expanding):
         self.expansion = expansion
         self.actor_rate = actor_rate
         self.critic_layer_norm = critic_layer_norm
-        self.min_ent_coef = min_ent_coef
         if _init_setup_model:
             self._setup_model()
 

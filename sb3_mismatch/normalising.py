@@ -33,13 +33,14 @@ class NormalisedLinear(nn.Linear):
 LINEAR = (nn.Linear, NormalisedLinear)
 
 
-def normalise_last_features(critic: Any) -> None:
+def normalise_last_features(critic: Any, normalised: bool = True) -> None:
     """
     Normalise the last hidden layer of SB3's critics, in place: the same layer, parameters and all, of another class.
 
     :param critic: a :class:`~stable_baselines3.common.policies.ContinuousCritic`
+    :param normalised: False: it is to be SB3's again
     """
     for network in critic.q_networks:
-        hidden = [layer for layer in network if type(layer) is nn.Linear][:-1]
+        hidden = [layer for layer in network if type(layer) in LINEAR][:-1]
         for layer in hidden[-1:]:
-            layer.__class__ = NormalisedLinear
+            layer.__class__ = NormalisedLinear if normalised else nn.Linear

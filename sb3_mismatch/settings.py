@@ -52,9 +52,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if settings.get("expansion", 0) != 0:
         check_count("expansion", settings["expansion"], "0 for none, or ")
         check_number("actor_rate", settings["actor_rate"], 0, 1)
-        check_number("min_ent_coef", settings["min_ent_coef"], 0, math.inf)
-        if not isinstance(settings["critic_layer_norm"], bool):
-            raise TypeError(f"critic_layer_norm={settings['critic_layer_norm']!r} must be True or False")
+        if settings["critic_layer_norm"] not in ("auto", True, False):
+            raise ValueError(f"critic_layer_norm={settings['critic_layer_norm']!r} must be 'auto', True or False")
     if settings["random_steps"] not in (0, "auto"):
         check_count("random_steps", settings["random_steps"], "'auto', 0 for none, or ")
     if settings["average_steps"] != 0:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sb3_mismatch import MBPO, MnM
-from sb3_mismatch.expansion import EPS, FIRST_ENT_COEF
+from sb3_mismatch.expansion import EPS, FIRST_ENT_COEF, LEAST_ENT_COEF
 from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 
 GAMMA, ALPHA = 0.9, th.tensor(0.5)
@@ -177,22 +177,22 @@ def test_temperature_starts_at_a_share_of_the_rewards_unless_it_is_given():
     assert first(expansion=0) == first(real_ratio=1.0) == 1.0
 
 
-def test_a_learned_temperature_stays_above_a_share_of_the_rewards(monkeypatch):
+def test_a_learned_temperature_stays_above_a_share_of_the_rewards_where_critics_are_normalised(monkeypatch):
     soon(monkeypatch)
 
-    def lowest(ent_coef="auto", **settings):
+    def lowest(ent_coef="auto", reward=-30.0, critic_layer_norm=True, **settings):
+        settings["critic_layer_norm"] = critic_layer_norm
         model = trained(BoxEnv(), 60, ent_coef=ent_coef, **settings)
         if model._expands:
-            model._scale_to(th.full((10, 1), -30.0))
+            model._scale_to(th.full((10, 1), reward))
         if model.log_ent_coef is not None:
             model.log_ent_coef.data.fill_(-20.0)
         model.train(gradient_steps=1)
         return model._ent_coef().item() * (model._unit or 1.0)
 
-    assert lowest(min_ent_coef=0.02) == pytest.approx(0.02 * 30, rel=0.01)
-    assert lowest("auto_0.7", min_ent_coef=0.02) == pytest.approx(0.02 * 30, rel=0.01)
-    assert lowest(0.001, min_ent_coef=0.02) == pytest.approx(0.001)
-    for settings in ({}, {"min_ent_coef": 0.02, "expansion": 0}, {"min_ent_coef": 0.02, "real_ratio": 1.0}):
+    assert lowest() == lowest("auto_0.7") == pytest.approx(LEAST_ENT_COEF * 30, rel=0.01)
+    assert lowest(0.001) == pytest.approx(0.001)
+    for settings in ({"reward": 0.0}, {"critic_layer_norm": False}, {"expansion": 0}, {"real_ratio": 1.0}):
         assert lowest(**settings) < 1e-8
 
 

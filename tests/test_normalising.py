@@ -25,16 +25,57 @@ PLAIN = [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
     [
         (MnM, {"critic_layer_norm": True}, NORMALISED),
         (VMBPO, {"critic_layer_norm": True}, NORMALISED),
-        (MnM, {}, PLAIN),
+        (MnM, {"critic_layer_norm": False}, PLAIN),
         (MnM, {"critic_layer_norm": True, "expansion": 0}, PLAIN),
         (MnM, {"critic_layer_norm": True, "real_ratio": 1.0}, PLAIN),
         (MBPO, {"critic_layer_norm": True}, PLAIN),
     ],
-    ids=["MnM", "VMBPO", "default", "no expansion", "no imagination", "MBPO"],
+    ids=["MnM", "VMBPO", "off", "no expansion", "no imagination", "MBPO"],
 )
 def test_critics_that_look_ahead_are_normalised(kind, settings, layers, name):
     model = kind("MlpPolicy", BoxEnv(), **small(policy_kwargs={"net_arch": [8, 8]}, **settings))
     assert kinds(model, name) == [layers, layers]
+
+
+def settled(terminates, **settings):
+    """Trained past its random steps in episodes of 20 steps."""
+    settings = small(policy_kwargs={"net_arch": [8, 8]}, random_steps=60, **settings)
+    model = MnM("MlpPolicy", BoxEnv(terminates=terminates), **settings)
+    assert kinds(model) == [PLAIN, PLAIN]
+    return model.learn(70)
+
+
+@pytest.mark.parametrize(("terminates", "layers"), [(True, PLAIN), (False, NORMALISED)])
+def test_by_default_critics_are_normalised_where_no_episode_ends_early(terminates, layers, monkeypatch):
+    soon(monkeypatch)
+    model = settled(terminates)
+    assert model._n_updates > 0
+    for name in ("critic", "critic_target"):
+        assert kinds(model, name) == [layers, layers]
+    # An end that comes later, or none any more, leaves critics that have learned as they are.
+    model.set_env(BoxEnv(terminates=not terminates))
+    model.replay_buffer.reset()
+    model.learn(120, reset_num_timesteps=False)
+    assert kinds(model) == [layers, layers]
+
+
+def test_ends_that_are_met_while_actions_are_random_count(monkeypatch):
+    """The first rows know of no end; those before the first update do."""
+    soon(monkeypatch, rows=10)
+    model = MnM("MlpPolicy", BoxEnv(terminates=True), **small(learning_starts=10, random_steps=30, model_train_freq=5))
+    model.learn(18)
+    assert isinstance(model.critic.q_networks[0][0], NormalisedLinear)
+    model.learn(20, reset_num_timesteps=False)
+    assert model._n_updates > 0
+    assert not isinstance(model.critic.q_networks[0][0], NormalisedLinear)
+
+
+def test_critics_that_sac_has_trained_stay_as_they_are(monkeypatch, tmp_path):
+    soon(monkeypatch)
+    SAC("MlpPolicy", BoxEnv(), policy_kwargs={"net_arch": [8, 8]}, learning_starts=10).learn(20).save(tmp_path / "sac")
+    model = MnM.load(tmp_path / "sac", env=BoxEnv(), device="cpu").learn(70)
+    assert model._normalised is not True
+    assert kinds(model) == [PLAIN, PLAIN]
 
 
 def test_the_policy_is_sacs():
@@ -68,12 +109,14 @@ def farthest(**settings):
 
 
 def test_far_away_values_do_not_run_away():
-    assert farthest(critic_layer_norm=True) < 5 < 1e4 < farthest()
+    assert farthest(critic_layer_norm=True) < 5 < 1e4 < farthest(critic_layer_norm=False)
 
 
-def test_a_zip_keeps_normalised_critics_and_sac_finds_their_weights(monkeypatch, tmp_path):
+@pytest.mark.parametrize("critic_layer_norm", [True, "auto"])
+def test_a_zip_keeps_normalised_critics_and_sac_finds_their_weights(critic_layer_norm, monkeypatch, tmp_path):
     soon(monkeypatch)
-    model = trained(BoxEnv(), 100, critic_layer_norm=True)
+    model = trained(BoxEnv(), 100, critic_layer_norm=critic_layer_norm)
+    assert isinstance(model.critic.q_networks[0][0], NormalisedLinear)
     model.save(tmp_path / "agent")
     loaded, sac = (kind.load(tmp_path / "agent", device="cpu") for kind in (MnM, SAC))
     assert kinds(loaded) == kinds(model)
