@@ -44,7 +44,7 @@ class Expanding(FastSAC):
     _unit: float | None = None
     _lowest_value: float = -math.inf
     _highest_value: float = math.inf
-    #: The largest of what has been paid, but for a hundredth, without its sign.
+    #: The 0.99 quantile of what has been paid, without its sign.
     _largest_payment: float = 0.0
     #: Whether critics are normalised; None before that is settled.
     _normalised: bool | None = None
@@ -70,11 +70,11 @@ class Expanding(FastSAC):
 
     def _settle_critics(self, terminated: bool) -> None:
         """
-        With ``critic_layer_norm="auto"``, normalise critics that have learned nothing yet where no episode has ended.
+        With ``critic_layer_norm="auto"``, let critics that have learned nothing yet be normalised, or not.
 
-        :param terminated: whether one has, before its time limit
+        :param terminated: whether an episode has ended before its time limit
         """
-        if self.critic_layer_norm == "auto" and self._n_updates == 0:
+        if self.critic_layer_norm == "auto":
             self._normalised = not terminated
             self._form_critics()
 

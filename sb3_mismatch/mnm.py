@@ -285,14 +285,15 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         return real_transitions(self.replay_buffer, self.world.observations, self.device, self._vec_normalize_env)
 
     def _set_unit(self, data: RealTransitions) -> None:
-        """Let the critics' unit follow what real transitions are paid, and their form how episodes end."""
+        """Let the critics' unit follow what real transitions are paid, and their form at first how episodes end."""
         if self._expands:
             normalize = self._normalization()
             rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
             paid = replace(self._payment(), unit=1.0).real(rewards)
             self._scale_to(paid, self._row.slack(self.world.classifier.max_log_ratio))  # type: ignore[attr-defined]
-            assert self.replay_buffer is not None
-            self._settle_critics(has_terminated(self.replay_buffer))  # type: ignore[attr-defined]
+            if self._n_updates == 0:
+                assert self.replay_buffer is not None
+                self._settle_critics(has_terminated(self.replay_buffer))  # type: ignore[attr-defined]
 
     def _fit_dynamics(self, data: RealTransitions) -> None:
         """Minimise the objective's loss for the dynamics."""
