@@ -46,8 +46,8 @@ class Expanding(FastSAC):
     _highest_value: float = math.inf
     #: The 0.99 quantile of what has been paid, without its sign.
     _largest_payment: float = 0.0
-    #: Whether critics are normalised; None before that is settled.
-    _normalised: bool | None = None
+    #: Whether critics are normalised.
+    _normalised: bool = False
     #: Imagined states in a minibatch.
     _starts_each: int = 0
 
@@ -55,8 +55,8 @@ class Expanding(FastSAC):
         super()._setup_model()
         if not self._expands:
             return
-        if not isinstance(self.critic_layer_norm, str):
-            self._normalised = self.critic_layer_norm
+        if self.critic_layer_norm != "auto":
+            self._normalised = bool(self.critic_layer_norm)
         self._form_critics()
         if "eps" not in self.policy.optimizer_kwargs:
             for optimizer in (self.actor.optimizer, self.critic.optimizer):
@@ -66,7 +66,7 @@ class Expanding(FastSAC):
 
     def _form_critics(self) -> None:
         for critic in (self.critic, self.critic_target):
-            normalise_last_features(critic, bool(self._normalised))
+            normalise_last_features(critic, self._normalised)
 
     def _settle_critics(self, terminated: bool) -> None:
         """

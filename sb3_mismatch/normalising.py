@@ -33,7 +33,7 @@ class NormalisedLinear(nn.Linear):
 LINEAR = (nn.Linear, NormalisedLinear)
 
 
-def normalise_last_features(critic: Any, normalised: bool = True) -> None:
+def normalise_last_features(critic: Any, normalised: bool) -> None:
     """
     Normalise the last hidden layer of SB3's critics, in place: the same layer, parameters and all, of another class.
 

@@ -37,18 +37,13 @@ def test_critics_that_look_ahead_are_normalised(kind, settings, layers, name):
     assert kinds(model, name) == [layers, layers]
 
 
-def settled(terminates, **settings):
-    """Trained past its random steps in episodes of 20 steps."""
-    settings = small(policy_kwargs={"net_arch": [8, 8]}, random_steps=60, **settings)
-    model = MnM("MlpPolicy", BoxEnv(terminates=terminates), **settings)
-    assert kinds(model) == [PLAIN, PLAIN]
-    return model.learn(70)
-
-
 @pytest.mark.parametrize(("terminates", "layers"), [(True, PLAIN), (False, NORMALISED)])
 def test_by_default_critics_are_normalised_where_no_episode_ends_early(terminates, layers, monkeypatch):
     soon(monkeypatch)
-    model = settled(terminates)
+    settings = small(policy_kwargs={"net_arch": [8, 8]}, random_steps=60)
+    model = MnM("MlpPolicy", BoxEnv(terminates=terminates), **settings)
+    assert kinds(model) == [PLAIN, PLAIN]
+    model.learn(70)
     assert model._n_updates > 0
     for name in ("critic", "critic_target"):
         assert kinds(model, name) == [layers, layers]
@@ -74,7 +69,6 @@ def test_critics_that_sac_has_trained_stay_as_they_are(monkeypatch, tmp_path):
     soon(monkeypatch)
     SAC("MlpPolicy", BoxEnv(), policy_kwargs={"net_arch": [8, 8]}, learning_starts=10).learn(20).save(tmp_path / "sac")
     model = MnM.load(tmp_path / "sac", env=BoxEnv(), device="cpu").learn(70)
-    assert model._normalised is not True
     assert kinds(model) == [PLAIN, PLAIN]
 
 
