@@ -20,6 +20,8 @@ FIRST_ENT_COEF = 0.1
 #: Where it stays above with normalised critics: they are so even far from the data that a policy may keep its target
 #: entropy for next to nothing, and settle for the first gait that it finds.
 LEAST_ENT_COEF = 0.025
+#: So many times the mean reward, at most, is the largest: one that is rarer is no measure of the others.
+LARGEST_OF_MEAN = 5
 #: Adam's ε for losses in the critics' unit: where all is as good as can be, gradients are noise alone, which 1e-8 would
 #: blow up to whole steps, until a policy that does all right has wandered off.
 EPS = 1e-6
@@ -44,7 +46,7 @@ class Expanding(FastSAC):
     _unit: float | None = None
     _lowest_value: float = -math.inf
     _highest_value: float = math.inf
-    #: The 0.99 quantile of what has been paid, without its sign.
+    #: The 0.99 quantile of what has been paid, without its sign; where few steps are paid for at all, less.
     _largest_payment: float = 0.0
     #: Whether critics are normalised.
     _normalised: bool = False
@@ -101,19 +103,31 @@ class Expanding(FastSAC):
         :param paid: r̃ of real transitions, (n, 1)
         :param slack: by how much imagined ones may be paid more or less
         """
-        longest = 1 / max(1 - self.gamma, 1e-3)
+        longest = self._longest
         # An end is worth nothing.
         low = min((paid.min().item() - slack) * longest, 0.0)
         high = max((paid.max().item() + slack) * longest, 0.0)
         # A whole range beyond on either side for the entropy: where all is as good as can be, a bound that is met would
         # leave nothing to tell good from better.
         self._lowest_value, self._highest_value = 2 * low - high, 2 * high - low
-        self._largest_payment = largest = paid.abs().quantile(0.99).item()
+        sizes = paid.abs()
+        largest = min(sizes.quantile(0.99).item() or sizes.max().item(), LARGEST_OF_MEAN * sizes.mean().item())
+        self._largest_payment = largest
         unit = max(largest * longest, 1.0)
         if self._unit is None and self.ent_coef == "auto":
             assert self.log_ent_coef is not None
-            self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF * (largest or 1.0)))
+            self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF * unit / longest))
         self._unit = unit if self._unit is None else self._unit + 0.1 * (unit - self._unit)
+
+    @property
+    def _payment_size(self) -> float:
+        """What a step pays where the critics' values are one, in the units of what is paid."""
+        return (self._unit or 1.0) / self._longest
+
+    @property
+    def _longest(self) -> float:
+        """The steps that count, by the discount."""
+        return 1 / max(1 - self.gamma, 1e-3)
 
     def _ent_coef(self) -> th.Tensor:
         """The temperature α in the critics' unit."""

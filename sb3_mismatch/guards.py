@@ -174,7 +174,7 @@ class Guarded(OffPolicyAlgorithm):
         entropy = (self._ent_coef() * log_prob).abs().max()  # type: ignore[attr-defined]
         normalize = self._normalization()  # type: ignore[attr-defined]
         rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
-        paid = payment.real(rewards).abs().max().item() + payment.row.slack(self.world.classifier.max_log_ratio)
+        paid = payment.real(rewards).abs().max().item() + payment.slack(self.world.classifier.max_log_ratio)
         ratio = values.item() / value_bound(paid, entropy.item(), self.gamma)
         # Told where it begins, and not at every fit.
         if ratio > DIVERGED >= self._world_log.get("train/value_ratio", 0.0) and self.verbose >= 1:

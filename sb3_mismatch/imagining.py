@@ -38,6 +38,8 @@ from sb3_mismatch.world_env import FORMS, ImaginedEpisodes
 #: Under ``real_ratio="auto"``: up to so large a share of what happens that the dynamics leave unexplained, the share of
 #: real rows; beyond, all are real. There are few, since the compiled update is made for each.
 REAL_SHARES = ((0.25, 0.1), (0.75, 0.5))
+#: Under ``novelty_weight="auto"``, while rewards tell nothing: a nat that there is to learn, in largest rewards.
+NAT_IN_REWARDS = 10
 
 
 class Imagining(OffPolicyAlgorithm):
@@ -55,6 +57,9 @@ class Imagining(OffPolicyAlgorithm):
     n_elites: int
     #: Steps that the update itself looks ahead; none under algorithms that know nothing of it.
     expansion: int = 0
+    novelty_weight: float | str | None
+    #: Whether rewards have told nothing of states so far.
+    _blind: bool = True
     _unit: float | None = None
     _lowest_value: float
     _highest_value: float
@@ -224,7 +229,14 @@ class Imagining(OffPolicyAlgorithm):
     def _row(self) -> Objective:
         """The objective, with the weights that were given in place of its own."""
         row = OBJECTIVES[self.objective] if isinstance(self.objective, str) else self.objective
-        return replace(row, **{name: getattr(self, name) for name in WEIGHTS if getattr(self, name) is not None})
+        given = {name: getattr(self, name) for name in WEIGHTS if getattr(self, name) not in (None, "auto")}
+        row = replace(row, **given)
+        return replace(row, novelty_weight=1.0) if self._seeks else row
+
+    @property
+    def _seeks(self) -> bool:
+        """Whether novelty is paid for in place of rewards, which tell nothing so far."""
+        return self.novelty_weight == "auto" and self._expands and self._blind
 
     @property
     def _expands(self) -> bool:
@@ -256,6 +268,8 @@ class Imagining(OffPolicyAlgorithm):
     @property
     def _novelty_share(self) -> float:
         """Who seeks what is new comes back to the task by the end of ``learn``; who keeps off it does so throughout."""
+        if self._seeks:
+            return NAT_IN_REWARDS * self._payment_size  # type: ignore[attr-defined, no-any-return]
         return max(self._current_progress_remaining, 0.0) if self._row.novelty_weight > 0 else 1.0
 
     def _normalization(self) -> Normalization | None:

@@ -15,7 +15,14 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_mismatch.buffers import MixedReplayBuffer, RealTransitions, has_terminated, random_states, real_transitions
+from sb3_mismatch.buffers import (
+    MixedReplayBuffer,
+    RealTransitions,
+    has_terminated,
+    random_states,
+    real_transitions,
+    rewards_tell_nothing,
+)
 from sb3_mismatch.expansion import Expanding
 from sb3_mismatch.figures import show_world
 from sb3_mismatch.fitting import Terms, fit_classifier, fit_dynamics
@@ -70,7 +77,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param novelty_weight: what the policy earns for each nat that there is to learn, up to five, in the units of the
         rewards that the critics see: above 0 it seeks what the members of the world disagree about, for rewards that
         chance does not find, and is paid less and less for it, in the end nothing, over a call of ``learn``; below 0
-        it keeps off; ``None``: the objective's own
+        it keeps off; ``None``: the objective's own; "auto": that as well, and until rewards tell anything of states,
+        where no episode has ended before its time limit, ten times the largest of them for each nat, in an update that
+        looks ahead
     :param adversarial_weight: weight of realism and value in the dynamics' loss; ``None``: the objective's own
     :param likelihood_weight: weight of the fit to real transitions in the dynamics' loss; ``None``: the objective's own
     :param reward_shift: added to every reward before its logarithm is taken: a number, or "auto" for as much as
@@ -105,7 +114,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         n_members: int = 5,
         n_elites: int = 3,
         log_ratio_weight: float | None = None,
-        novelty_weight: float | None = None,
+        novelty_weight: float | str | None = None,
         adversarial_weight: float | None = None,
         likelihood_weight: float | None = None,
         reward_shift: float | str = 0.0,
@@ -285,14 +294,16 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         return real_transitions(self.replay_buffer, self.world.observations, self.device, self._vec_normalize_env)
 
     def _set_unit(self, data: RealTransitions) -> None:
-        """Let the critics' unit follow what real transitions are paid, and their form at first how episodes end."""
+        """Let the critics' unit follow what real transitions are paid, and what else is chosen by them."""
         if self._expands:
             normalize = self._normalization()
             rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
-            paid = replace(self._payment(), unit=1.0).real(rewards)
-            self._scale_to(paid, self._row.slack(self.world.classifier.max_log_ratio))  # type: ignore[attr-defined]
+            assert self.replay_buffer is not None
+            if self._blind:
+                self._blind = not has_terminated(self.replay_buffer) and rewards_tell_nothing(data.batch)
+            payment = replace(self._payment(), unit=1.0)
+            self._scale_to(payment.real(rewards), payment.slack(self.world.classifier.max_log_ratio))  # type: ignore[attr-defined]
             if self._n_updates == 0:
-                assert self.replay_buffer is not None
                 self._settle_critics(has_terminated(self.replay_buffer))  # type: ignore[attr-defined]
 
     def _fit_dynamics(self, data: RealTransitions) -> None:
@@ -419,11 +430,13 @@ class MnM(ModelBased, Expanding):
         horizon: int | Sequence[int] = 20,
         imagine_freq: int | None = 20,
         imagined_per_step: int = 200,
+        novelty_weight: float | str | None = "auto",
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"random_steps": random_steps, "horizon": horizon}
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step}
+        own |= {"novelty_weight": novelty_weight}
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
         self.actor_rate = actor_rate
@@ -455,10 +468,12 @@ class MBPO(MnM):
         random_steps: int | str = 0,
         imagine_freq: int | None = None,
         imagined_per_step: int = 50,
+        novelty_weight: float | str | None = None,
         average_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {"objective": objective, "expansion": expansion, "real_ratio": real_ratio}
         own |= {"horizon": horizon, "imagined_n_steps": imagined_n_steps, "random_steps": random_steps}
         own |= {"imagine_freq": imagine_freq, "imagined_per_step": imagined_per_step, "average_steps": average_steps}
+        own |= {"novelty_weight": novelty_weight}
         super().__init__(*args, **own, **kwargs)

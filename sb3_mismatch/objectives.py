@@ -142,11 +142,6 @@ class Objective:
     ignores_noise: bool = False
     novelty_weight: float = 0.0
 
-    def slack(self, max_log_ratio: float) -> float:
-        """By how much more or less than its reward an imagined step may be paid; what is centred adds up to nothing."""
-        of_ratio = self.log_ratio_weight * max_log_ratio if self.uses_classifier and not self.centred else 0.0
-        return of_ratio + abs(self.novelty_weight) * MOST_NOVEL
-
 
 OBJECTIVES: dict[str, Objective] = {
     "mnm": Objective(reward=lower_bound_reward, model_loss=joint_loss, takes_log=True),
@@ -228,9 +223,18 @@ class Payment:
 
         paid = self._tilde(rewards, self.row.log_ratio_weight * centred(log_ratio))
         if novelty is not None:
-            weight = self.row.novelty_weight * self.novelty_share
-            paid = paid + weight * centred(novelty.clamp(max=MOST_NOVEL))
+            paid = paid + self._novelty_weight * centred(novelty.clamp(max=MOST_NOVEL))
         return paid / self.unit
+
+    def slack(self, max_log_ratio: float) -> float:
+        """By how much more or less than its reward an imagined step may be paid; what is centred adds up to nothing."""
+        bounds_ratio = self.row.uses_classifier and not self.row.centred
+        of_ratio = self.row.log_ratio_weight * max_log_ratio if bounds_ratio else 0.0
+        return (of_ratio + abs(self._novelty_weight) * MOST_NOVEL) / self.unit
+
+    @property
+    def _novelty_weight(self) -> float:
+        return self.row.novelty_weight * self.novelty_share
 
     def _tilde(self, rewards: th.Tensor, log_ratio: th.Tensor) -> th.Tensor:
         """r̃, ``log_ratio`` already times its weight."""

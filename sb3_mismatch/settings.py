@@ -77,8 +77,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             "[first_step, last_step, first_horizon, last_horizon] with rising steps and horizons of at least 1"
         )
     for name in WEIGHTS:
-        if settings[name] is not None:
-            check_number(name, settings[name], -math.inf if name == "novelty_weight" else 0, math.inf, "None, or ")
+        if settings[name] is not None and not (name == "novelty_weight" and settings[name] == "auto"):
+            low, otherwise = (-math.inf, "'auto', None, or ") if name == "novelty_weight" else (0, "None, or ")
+            check_number(name, settings[name], low, math.inf, otherwise)
     if settings["reward_shift"] != "auto":
         check_number("reward_shift", settings["reward_shift"], -math.inf, math.inf, "'auto', or ")
     check_number("reward_floor", settings["reward_floor"], 1e-30, math.inf)

@@ -179,10 +179,15 @@ def test_novelty_is_paid_beside_any_reward():
 
 
 def test_slack_by_hand():
-    assert replace(OBJECTIVES["vmbpo"], log_ratio_weight=0.5).slack(4.0) == 2.0
-    assert replace(OBJECTIVES["vmbpo"], novelty_weight=-3.0).slack(4.0) == 19.0
-    assert OBJECTIVES["mnm-approx"].slack(4.0) == OBJECTIVES["mbpo"].slack(4.0) == 0.0
-    assert replace(OBJECTIVES["mnm-approx"], novelty_weight=0.5).slack(4.0) == 2.5
+    def slack(name: str, unit: float = 1.0, novelty_share: float = 1.0, **weights: float) -> float:
+        row = replace(OBJECTIVES[name], **weights)
+        return Payment(row, GAMMA, unit=unit, novelty_share=novelty_share).slack(4.0)
+
+    assert slack("vmbpo", log_ratio_weight=0.5) == 2.0
+    assert slack("vmbpo", novelty_weight=-3.0) == 19.0
+    assert slack("mnm-approx") == slack("mbpo") == 0.0
+    assert slack("mnm-approx", novelty_weight=0.5) == 2.5
+    assert slack("vmbpo", unit=10.0, novelty_weight=0.5, novelty_share=0.2) == pytest.approx(0.45)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
