@@ -42,6 +42,8 @@ REAL_SHARES = ((0.25, 0.1), (0.75, 0.5))
 RISES = (0.3, 0.7)
 #: Under ``novelty_weight="auto"``, while rewards tell nothing: a nat that there is to learn, in largest rewards.
 NAT_IN_REWARDS = 10
+#: So many rewards that tell something of states are enough to go by.
+ENOUGH_TELLING = 100
 
 
 class Imagining(OffPolicyAlgorithm):
@@ -61,8 +63,8 @@ class Imagining(OffPolicyAlgorithm):
     expansion: int = 0
     final_gamma: float | None = None
     novelty_weight: float | str | None
-    #: Whether rewards have told nothing of states so far.
-    _blind: bool = True
+    #: Rewards so far that have told something of states.
+    _n_telling: int = 0
     _unit: float | None = None
     _lowest_value: float
     _highest_value: float
@@ -245,8 +247,8 @@ class Imagining(OffPolicyAlgorithm):
 
     @property
     def _seeks(self) -> bool:
-        """Whether novelty is paid for in place of rewards, which tell nothing so far."""
-        return self.novelty_weight == "auto" and self._expands and self._blind
+        """Whether novelty is paid for since rewards tell little so far."""
+        return self.novelty_weight == "auto" and self._expands and self._n_telling < ENOUGH_TELLING
 
     @property
     def _expands(self) -> bool:
@@ -279,7 +281,7 @@ class Imagining(OffPolicyAlgorithm):
     def _novelty_share(self) -> float:
         """Who seeks what is new comes back to the task by the end of ``learn``; who keeps off it does so throughout."""
         if self._seeks:
-            return NAT_IN_REWARDS * self._payment_size  # type: ignore[attr-defined, no-any-return]
+            return NAT_IN_REWARDS / (1 + self._n_telling) * self._payment_size  # type: ignore[attr-defined, no-any-return]
         return max(self._current_progress_remaining, 0.0) if self._row.novelty_weight > 0 else 1.0
 
     def _normalization(self) -> Normalization | None:

@@ -19,17 +19,17 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_mismatch.buffers import (
     MixedReplayBuffer,
     RealTransitions,
+    count_telling,
     has_terminated,
     random_states,
     real_transitions,
-    rewards_tell_nothing,
 )
 from sb3_mismatch.expansion import Expanding
 from sb3_mismatch.figures import show_world
 from sb3_mismatch.fitting import Terms, fit_classifier, fit_dynamics
 from sb3_mismatch.guards import Guarded
 from sb3_mismatch.imagination import horizon_at, n_step_rows
-from sb3_mismatch.imagining import Imagining
+from sb3_mismatch.imagining import ENOUGH_TELLING, Imagining
 from sb3_mismatch.objectives import Objective
 from sb3_mismatch.randomness import RandomStreams
 from sb3_mismatch.saving import SavedWithWorld
@@ -78,9 +78,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
     :param novelty_weight: what the policy earns for each nat that there is to learn, up to five, in the units of the
         rewards that the critics see: above 0 it seeks what the members of the world disagree about, for rewards that
         chance does not find, and is paid less and less for it, in the end nothing, over a call of ``learn``; below 0
-        it keeps off; ``None``: the objective's own; "auto": that as well, and until rewards tell anything of states,
-        where no episode has ended before its time limit, ten times the largest of them for each nat, in an update that
-        looks ahead
+        it keeps off; ``None``: the objective's own; "auto": that as well, but in an update that looks ahead, while no
+        reward tells anything of states and no episode has ended before its time limit, ten times the largest reward;
+        after n rewards that do the (n + 1)-th part, up to a hundred of them or a tenth of all
     :param adversarial_weight: weight of realism and value in the dynamics' loss; ``None``: the objective's own
     :param likelihood_weight: weight of the fit to real transitions in the dynamics' loss; ``None``: the objective's own
     :param reward_shift: added to every reward before its logarithm is taken: a number, or "auto" for as much as
@@ -300,8 +300,9 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
             normalize = self._normalization()
             rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
             assert self.replay_buffer is not None
-            if self._blind:
-                self._blind = not has_terminated(self.replay_buffer) and rewards_tell_nothing(data.batch)
+            if self._seeks:
+                over = has_terminated(self.replay_buffer)
+                self._n_telling = ENOUGH_TELLING if over else count_telling(data.batch, ENOUGH_TELLING)
             payment = replace(self._payment(), unit=1.0)
             self._scale_to(payment.real(rewards), payment.slack(self.world.classifier.max_log_ratio))  # type: ignore[attr-defined]
             if self._n_updates == 0:

@@ -26,7 +26,7 @@ from torch.testing import assert_close
 
 from sb3_mismatch import MBPO, MnM
 from sb3_mismatch.expansion import EPS, FIRST_ENT_COEF, LEAST_ENT_COEF
-from sb3_mismatch.imagining import risen_discount
+from sb3_mismatch.imagining import ENOUGH_TELLING, risen_discount
 from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 
 GAMMA, ALPHA = 0.9, th.tensor(0.5)
@@ -308,7 +308,7 @@ def test_compiled_is_plain(objective, novelty, real_ratio, normalize, uncompiled
     model._current_progress_remaining = 0.25
     if objective == "mbpo":
         model.world.dynamics.foretold[0] = 0
-    model._blind = novelty == "auto"
+    model._n_telling = 7 if novelty == "auto" else ENOUGH_TELLING
     assert_close_agents(*trained_both_ways(model))
 
 

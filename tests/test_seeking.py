@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.testing import assert_close
 
 from sb3_mismatch import MBPO, MnM
-from sb3_mismatch.buffers import rewards_tell_nothing
+from sb3_mismatch.buffers import count_telling
 
 
 def batch(actions, rewards):
@@ -24,15 +24,23 @@ COSTS = 0.3 - 0.1 * ACTIONS[:, :1] ** 2 - 2 * ACTIONS[:, 1:] ** 2 + ACTIONS[:, 1
 
 @pytest.mark.parametrize("rewards", [th.zeros(300, 1), th.full((300, 1), -1.0), COSTS, 1e-6 * COSTS])
 def test_constants_and_costs_of_actions_tell_nothing(rewards):
-    assert rewards_tell_nothing(batch(ACTIONS, rewards))
-    assert rewards_tell_nothing(batch(th.ones(300, 2), th.full((300, 1), 3.0)))
+    assert count_telling(batch(ACTIONS, rewards), 100) == 0
+    assert count_telling(batch(th.ones(300, 2), th.full((300, 1), 3.0)), 100) == 0
 
 
 @pytest.mark.parametrize("rewards", [th.zeros(300, 1), th.full((300, 1), -1.0), COSTS])
-def test_a_single_other_reward_tells_something(rewards):
+def test_rewards_that_stand_out_tell_something(rewards):
     found = rewards.clone()
     found[17] += 1.0
-    assert not rewards_tell_nothing(batch(ACTIONS, found))
+    assert count_telling(batch(ACTIONS, found), 100) == 1
+    found[100:120] += 100.0
+    assert count_telling(batch(ACTIONS, found), 100) == 21
+    assert count_telling(batch(ACTIONS, found), 10) == 10
+
+
+def test_where_rewards_are_of_states_there_are_soon_enough():
+    states = th.randn(300, 1, generator=th.Generator().manual_seed(1))
+    assert count_telling(batch(ACTIONS, COSTS - states**2), 100) == 100
 
 
 class SparseEnv(BoxEnv):
@@ -74,21 +82,25 @@ def test_novelty_is_paid_as_ten_times_the_largest_reward(cost, each, monkeypatch
         assert paid_each_nat(model, remaining) == pytest.approx(each, rel=0.15)
 
 
-def test_once_a_reward_is_found_novelty_is_paid_for_no_more(monkeypatch, tmp_path):
+def test_rewards_that_are_found_take_noveltys_place(monkeypatch, tmp_path):
+    """Fits come after 60, 160 and 260 steps, the last with more than a hundred rewards that tell something."""
     soon(monkeypatch)
-    model = trained(SparseEnv(found=90), 80, real_ratio=0.5)
-    assert model._world_log["imagination/novelty"] > 0
+    model = trained(SparseEnv(found=150, cost=0.0), 80, real_ratio=0.5)
+    first = model._novelty_share / model._unit
+    model.learn(80, reset_num_timesteps=False)
+    assert model._n_telling == 10
+    assert model._novelty_share / model._unit == pytest.approx(first / 11)
     model.save(tmp_path / "seeking")
-    assert MnM.load(tmp_path / "seeking", device="cpu")._seeks
-    model.learn(100, reset_num_timesteps=False)
+    assert MnM.load(tmp_path / "seeking", device="cpu")._novelty_share == model._novelty_share
+    model.learn(120, reset_num_timesteps=False)
     assert model._world_log["imagination/novelty"] == 0
+    model.save(tmp_path / "found")
+    assert not MnM.load(tmp_path / "found", device="cpu")._seeks
     # Nor where there is nothing to earn again.
     model.set_env(SparseEnv())
     model.replay_buffer.reset()
     model.learn(100, reset_num_timesteps=False)
     assert model._world_log["imagination/novelty"] == 0
-    model.save(tmp_path / "found")
-    assert not MnM.load(tmp_path / "found", device="cpu")._seeks
 
 
 @pytest.mark.parametrize(
