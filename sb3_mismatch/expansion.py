@@ -117,7 +117,8 @@ class Expanding(FastSAC):
         if self._unit is None and self.ent_coef == "auto":
             assert self.log_ent_coef is not None
             self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF * unit / longest))
-        self._unit = unit if self._unit is None else self._unit + 0.1 * (unit - self._unit)
+        # Critics follow a tenth; rewards that begin to be common may be a thousand times what was earned before.
+        self._unit = unit if self._unit is None else self._unit + 0.1 * (min(unit, 2 * self._unit) - self._unit)
 
     @property
     def _payment_size(self) -> float:

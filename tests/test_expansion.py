@@ -108,9 +108,14 @@ def test_critics_learn_bounded_values_in_their_unit(model):
 
 
 def test_the_unit_changes_slowly(model):
-    before, paid = model._unit, th.full((10, 1), -100.0)
-    model._scale_to(paid)
-    assert model._unit == pytest.approx(before + 0.1 * (100 / (1 - model.gamma) - before))
+    """By a tenth of the way, and of itself at most."""
+    before, longest = model._unit, 1 / (1 - model.gamma)
+    model._scale_to(th.full((10, 1), -1.5 * before / longest))
+    assert model._unit == pytest.approx(1.05 * before)
+    model._scale_to(th.full((10, 1), -100.0))
+    assert model._unit == pytest.approx(1.1 * 1.05 * before)
+    model._scale_to(th.zeros(10, 1))
+    assert model._unit == pytest.approx(0.9 * 1.1 * 1.05 * before + 0.1)
 
 
 def test_a_rare_reward_is_no_measure_of_the_others():
