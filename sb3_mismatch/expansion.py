@@ -20,8 +20,6 @@ FIRST_ENT_COEF = 0.1
 #: Where it stays above with normalised critics: they are so even far from the data that a policy may keep its target
 #: entropy for next to nothing, and settle for the first gait that it finds.
 LEAST_ENT_COEF = 0.025
-#: So many times the mean reward, at most, is the largest: one that is rarer is no measure of the others.
-LARGEST_OF_MEAN = 5
 #: Adam's ε for losses in the critics' unit: where all is as good as can be, gradients are noise alone, which 1e-8 would
 #: blow up to whole steps, until a policy that does all right has wandered off.
 EPS = 1e-6
@@ -110,15 +108,41 @@ class Expanding(FastSAC):
         # A whole range beyond on either side for the entropy: where all is as good as can be, a bound that is met would
         # leave nothing to tell good from better.
         self._lowest_value, self._highest_value = 2 * low - high, 2 * high - low
+        # What is rare is no measure: the goal where other steps cost a little, or nothing.
         sizes = paid.abs()
-        largest = min(sizes.quantile(0.99).item() or sizes.max().item(), LARGEST_OF_MEAN * sizes.mean().item())
+        common = 10 * sizes.median().item() or 5 * sizes.mean().item()
+        largest = min(sizes.quantile(0.99).item() or sizes.max().item(), common)
         self._largest_payment = largest
         unit = max(largest * longest, 1.0)
         if self._unit is None and self.ent_coef == "auto":
             assert self.log_ent_coef is not None
             self.log_ent_coef.data.fill_(math.log(FIRST_ENT_COEF * unit / longest))
-        # Critics follow a tenth; rewards that begin to be common may be a thousand times what was earned before.
-        self._unit = unit if self._unit is None else self._unit + 0.1 * (min(unit, 2 * self._unit) - self._unit)
+        if self._unit is None:
+            self._unit = unit
+        elif unit > 2 * self._unit:
+            # Rewards that begin to be common may be a hundred times what was earned before.
+            self._say_the_same(self._unit / unit)
+            self._unit = unit
+        else:
+            self._unit += 0.1 * (unit - self._unit)
+
+    def _say_the_same(self, factor: float) -> None:
+        """
+        Let critics say times ``factor`` what they said, and optimizers go on as if they had from the first.
+
+        Source: van Hasselt, Guez, Hessel, Mnih, Silver, "Learning values across many orders of magnitude", 2016.
+        """
+        ends: list[Any] = [network[-1] for c in (self.critic, self.critic_target) for network in c.q_networks]  # type: ignore[index]
+        last = {parameter for end in ends for parameter in end.parameters()}
+        for parameter in last:
+            parameter.data.mul_(factor)
+        # The critics' loss is a square; before their last layer, its weights come in once more.
+        for optimizer, power in ((self.actor.optimizer, 1), (self.critic.optimizer, 2)):
+            for parameter, state in optimizer.state.items():
+                slope = factor if parameter in last else factor**power
+                for name, share in (("exp_avg", slope), ("exp_avg_sq", slope**2)):
+                    if name in state:
+                        state[name].mul_(share)
 
     @property
     def _payment_size(self) -> float:

@@ -108,28 +108,57 @@ def test_critics_learn_bounded_values_in_their_unit(model):
 
 
 def test_the_unit_changes_slowly(model):
-    """By a tenth of the way, and of itself at most."""
     before, longest = model._unit, 1 / (1 - model.gamma)
     model._scale_to(th.full((10, 1), -1.5 * before / longest))
     assert model._unit == pytest.approx(1.05 * before)
-    model._scale_to(th.full((10, 1), -100.0))
-    assert model._unit == pytest.approx(1.1 * 1.05 * before)
     model._scale_to(th.zeros(10, 1))
-    assert model._unit == pytest.approx(0.9 * 1.1 * 1.05 * before + 0.1)
+    assert model._unit == pytest.approx(0.9 * 1.05 * before + 0.1)
+
+
+def test_where_the_unit_jumps_critics_and_optimizers_go_on_as_they_were(model):
+    """Of two agents one jumps to a unit ten times as large: both say the same of states, and take the same step."""
+    for part in (model.actor, model.critic):
+        part.optimizer.param_groups[0]["eps"] = 1e-20
+    jumped = copy.deepcopy(model)
+    jumped._scale_to(th.full((10, 1), -10 * model._unit * (1 - model.gamma)))
+    jumped._lowest_value, jumped._highest_value = model._lowest_value, model._highest_value
+    agents, values, before = (model, jumped), [], copy.deepcopy([model.critic, jumped.critic])
+    for agent in agents:
+        th.manual_seed(1)
+        values.append(agent._value(th.zeros(4, 3)))
+    assert jumped._unit == pytest.approx(10 * model._unit)
+    assert_close(*values)
+    momenta = [agent.actor.optimizer.state[agent.actor.mu.weight] for agent in agents]
+    assert_close(10 * momenta[1]["exp_avg"], momenta[0]["exp_avg"])
+    assert_close(100 * momenta[1]["exp_avg_sq"], momenta[0]["exp_avg_sq"])
+    steps = []
+    for agent, critic in zip(agents, before, strict=True):
+        np.random.seed(1)
+        th.manual_seed(1)
+        agent._current_progress_remaining = 1.0
+        agent.train(gradient_steps=1)
+        pairs = zip(agent.critic.parameters(), critic.parameters(), strict=True)
+        steps.append([new.detach() - old.detach() for new, old in pairs])
+    assert_close(*steps, rtol=1e-3, atol=1e-6)
+    assert all(step.abs().max() > 1e-4 for step in steps[0])
 
 
 def test_a_rare_reward_is_no_measure_of_the_others():
-    """What one step in 200 earns counts for nothing, what one in 50 earns for five times the mean, which is 1.1."""
-    model = MnM("MlpPolicy", BoxEnv(), **small())
-    paid = th.full((1000, 1), -0.1)
-    paid[::200] = 50.0
-    model._scale_to(paid)
-    assert model._largest_payment == pytest.approx(0.1)
-    paid[::50] = 50.0
-    model._scale_to(paid)
-    assert model._largest_payment == pytest.approx(5 * 1.098)
-    model._scale_to(th.where(paid > 40, paid, 0.0)[:100])
-    assert model._largest_payment == pytest.approx(5.0)
+    """What one step in 200 earns counts for nothing, what one in 50 earns for ten times the median, 0.1."""
+
+    def largest(earned, others, every):
+        model = MnM("MlpPolicy", BoxEnv(), **small())
+        paid = th.full((1000, 1), others)
+        paid[::every] = earned
+        model._scale_to(paid)
+        return model._largest_payment
+
+    assert largest(50.0, -0.1, 200) == pytest.approx(0.1)
+    assert largest(50.0, -0.1, 50) == pytest.approx(1.0)
+    # Where most steps earn nothing, five times the mean.
+    assert largest(50.0, 0.0, 200) == pytest.approx(1.25)
+    assert largest(50.0, 0.0, 50) == pytest.approx(5.0)
+    assert largest(1.0, 0.0, 2) == pytest.approx(1.0)
 
 
 def test_values_are_told_in_the_units_of_the_rewards(model):
