@@ -67,6 +67,7 @@ class Ahead(NamedTuple):
 
     steps: int
     objective: Objective
+    gamma: float
 
 
 class Spec(NamedTuple):
@@ -158,7 +159,6 @@ class Numbers(NamedTuple):
     :param unit: what the critics call one
     :param lowest_value, highest_value: bounds of what they learn by looking ahead, in their unit
     :param offset, lowest, novelty_share: of the :class:`~sb3_mismatch.objectives.Payment`
-    :param discount: of the steps ahead
     """
 
     ent_coef_rate: Any
@@ -177,7 +177,6 @@ class Numbers(NamedTuple):
     offset: Any
     lowest: Any
     novelty_share: Any
-    discount: Any
 
 
 # -- the update --
@@ -333,8 +332,7 @@ def update_ahead(
     ahead, starts = spec.ahead, rows.starts
     assert ahead is not None
     assert starts is not None
-    paid_as = (numbers.discount, numbers.offset, numbers.lowest, numbers.unit, numbers.novelty_share)
-    payment = Payment(ahead.objective, *paid_as)
+    payment = Payment(ahead.objective, ahead.gamma, numbers.offset, numbers.lowest, numbers.unit, numbers.novelty_share)
 
     def seen(states: th.Tensor) -> th.Tensor:
         return ((states - starts.mean) / starts.std).clamp(-starts.clip, starts.clip)
@@ -366,7 +364,7 @@ def update_ahead(
 
     def value(critics: Weights, path: Path) -> th.Tensor:
         last = lowest(values(spec, critics, seen(path.states[-1]), path.actions[-1])) - alpha * path.log_prob[-1]
-        return expanded_value(path, last, alpha, numbers.discount)
+        return expanded_value(path, last, alpha, ahead.gamma)
 
     targets = (value(state.target, climbed) + alpha * climbed.log_prob[0]).clamp(
         numbers.lowest_value, numbers.highest_value

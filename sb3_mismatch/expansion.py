@@ -152,7 +152,7 @@ class Expanding(FastSAC):
     @property
     def _longest(self) -> float:
         """The steps that count, by the discount."""
-        return 1 / max(1 - self._discount, 1e-3)
+        return 1 / max(1 - self.gamma, 1e-3)
 
     def _ent_coef(self) -> th.Tensor:
         """The temperature α in the critics' unit."""
@@ -223,7 +223,7 @@ class Expanding(FastSAC):
         """J, with V(s_h) = min_i Q_i(s_h, a_h) - α log π(a_h|s_h): (n, 1)."""
         q_values = th.cat(critic(self._seen(path.states[-1]), path.actions[-1]), dim=1)
         last = q_values.min(dim=1, keepdim=True).values - ent_coef * path.log_prob[-1]
-        return expanded_value(path, last, ent_coef, self._discount)
+        return expanded_value(path, last, ent_coef, self.gamma)
 
     def _seen(self, flat: th.Tensor) -> Any:
         """Raw flat states as the policy takes them."""

@@ -165,11 +165,6 @@ class FastSAC(SAC):
         descend(self.actor.optimizer, actor_loss)
         return Losses(ent_coef, ent_coef_loss, critic_loss.detach(), actor_loss.detach())
 
-    @property
-    def _discount(self) -> float:
-        """γ of today."""
-        return self.gamma
-
     def _ent_coef(self) -> th.Tensor:
         """The temperature α, without gradient."""
         if self.log_ent_coef is None:
@@ -189,7 +184,7 @@ class FastSAC(SAC):
 
     def _critic_targets(self, batch: ReplayBufferSamples, ent_coef: th.Tensor) -> th.Tensor:
         """r + γ (1 - done) V(s'). Shape (batch, 1)."""
-        discounts = self._discount if batch.discounts is None else batch.discounts
+        discounts = self.gamma if batch.discounts is None else batch.discounts
         with th.no_grad():
             next_values = self._soft_value(batch.next_observations, ent_coef)
             return batch.rewards + (1 - batch.dones) * discounts * next_values
@@ -285,7 +280,7 @@ class FastSAC(SAC):
         noise = th.empty(2 if self._ahead() is None else 1, *batch.actions.shape, device=self.device)
         for part in noise:
             part.normal_()
-        discounts = th.full_like(batch.rewards, self._discount) if batch.discounts is None else batch.discounts
+        discounts = th.full_like(batch.rewards, self.gamma) if batch.discounts is None else batch.discounts
         return Rows(
             extract(batch.observations),
             batch.actions,
@@ -336,7 +331,7 @@ class FastSAC(SAC):
 
     def _bounds(self) -> tuple[float, ...]:
         """The last of :class:`~sb3_mismatch.compiled.Numbers`, from ``unit`` on."""
-        return 1.0, -math.inf, math.inf, 0.0, 0.0, 1.0, self._discount
+        return 1.0, -math.inf, math.inf, 0.0, 0.0, 1.0
 
     # -- the log --
 

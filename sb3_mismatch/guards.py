@@ -175,7 +175,7 @@ class Guarded(OffPolicyAlgorithm):
         normalize = self._normalization()  # type: ignore[attr-defined]
         rewards = data.batch.rewards if normalize is None else normalize.reward(data.batch.rewards)
         paid = payment.real(rewards).abs().max().item() + payment.slack(self.world.classifier.max_log_ratio)
-        ratio = values.item() / value_bound(paid, entropy.item(), self._discount)  # type: ignore[attr-defined]
+        ratio = values.item() / value_bound(paid, entropy.item(), self.gamma)
         # Told where it begins, and not at every fit.
         if ratio > DIVERGED >= self._world_log.get("train/value_ratio", 0.0) and self.verbose >= 1:
             print(

@@ -38,8 +38,6 @@ from sb3_mismatch.world_env import FORMS, ImaginedEpisodes
 #: Under ``real_ratio="auto"``: up to so large a share of what happens that the dynamics leave unexplained, the share of
 #: real rows; beyond, all are real. There are few, since the compiled update is made for each.
 REAL_SHARES = ((0.25, 0.1), (0.75, 0.5))
-#: Of a call of ``learn``, where the discount begins to rise to ``final_gamma``, and where it is there.
-RISES = (0.3, 0.7)
 #: Under ``novelty_weight="auto"``, while rewards tell nothing: a nat that there is to learn, in largest rewards.
 NAT_IN_REWARDS = 10
 #: So many rewards that tell something of states are enough to go by.
@@ -61,7 +59,6 @@ class Imagining(OffPolicyAlgorithm):
     n_elites: int
     #: Steps that the update itself looks ahead; none under algorithms that know nothing of it.
     expansion: int = 0
-    final_gamma: float | None = None
     novelty_weight: float | str | None
     #: Rewards so far that have told something of states.
     _n_telling: int = 0
@@ -239,13 +236,6 @@ class Imagining(OffPolicyAlgorithm):
         return replace(row, novelty_weight=1.0) if self._seeks else row
 
     @property
-    def _discount(self) -> float:
-        """γ of today."""
-        if self.final_gamma is None or not self._expands:
-            return self.gamma
-        return risen_discount(self.gamma, self.final_gamma, 1 - self._current_progress_remaining)
-
-    @property
     def _seeks(self) -> bool:
         """Whether novelty is paid for since rewards tell little so far."""
         return self.novelty_weight == "auto" and self._expands and self._n_telling < ENOUGH_TELLING
@@ -269,13 +259,13 @@ class Imagining(OffPolicyAlgorithm):
         row = self._row
         unit, novelty_share = self._unit or 1.0, self._novelty_share
         if not row.takes_log:
-            return Payment(row, self._discount, unit=unit, novelty_share=novelty_share)
+            return Payment(row, self.gamma, unit=unit, novelty_share=novelty_share)
         assert self.replay_buffer is not None
         lowest = float(self.replay_buffer.rewards[: self.replay_buffer.size()].min())
         offset = positive_offset(str(self.objective), lowest, self.reward_shift, self.reward_floor)
         normalize = self._normalization()
         scale = 1.0 if normalize is None else normalize.reward_std
-        return Payment(row, self._discount, offset / scale, (lowest + offset) / scale, unit, novelty_share)
+        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale, unit, novelty_share)
 
     @property
     def _novelty_share(self) -> float:
@@ -412,7 +402,7 @@ class Imagining(OffPolicyAlgorithm):
     def _ahead(self) -> Ahead | None:
         if self._starts_each == 0:
             return None
-        return Ahead(self.expansion, self._row)
+        return Ahead(self.expansion, self._row, self.gamma)
 
     def _looked_into(self) -> tuple[th.nn.Module, ...]:
         return () if self._starts_each == 0 else (self.world.dynamics, self.world.classifier)
@@ -440,7 +430,7 @@ class Imagining(OffPolicyAlgorithm):
     def _bounds(self) -> tuple[float, ...]:
         unit, payment = self._unit or 1.0, self._payment()
         bounds = self._lowest_value / unit, self._highest_value / unit
-        return unit, *bounds, payment.offset, payment.lowest, payment.novelty_share, payment.gamma
+        return unit, *bounds, payment.offset, payment.lowest, payment.novelty_share
 
     def _value(self, flat: th.Tensor) -> th.Tensor:
         """V at raw flat observations, (n, 1), in the units of r̃, differentiable in them."""
@@ -459,26 +449,13 @@ class Imagining(OffPolicyAlgorithm):
             return
         starts = th.as_tensor(episodes.first_observations, device=self.device)
         starts = starts[th.randint(len(starts), (100,), device=self.device)]
-        trajectories = self._imagined_from(starts, min(int(episodes.steps.max()), discounting_horizon(self._discount)))
+        trajectories = self._imagined_from(starts, min(int(episodes.steps.max()), discounting_horizon(self.gamma)))
         rewards = trajectories.rewards if normalize is None else normalize.reward(trajectories.rewards)
         paid = payment.imagined(rewards, self._log_ratio(*trajectories[:3]), trajectories.alive)
-        self._world_log["objective/lower_bound"] = lower_bound(trajectories, paid, self._discount).mean.item()
+        self._world_log["objective/lower_bound"] = lower_bound(trajectories, paid, self.gamma).mean.item()
         self._world_log["objective/log_return"] = payment.log_return(
             episodes.rewards / (1.0 if normalize is None else normalize.reward_std), episodes.steps
         )
-
-
-def risen_discount(gamma: float, final_gamma: float, progress: float) -> float:
-    """
-    ``gamma`` up to ``RISES[0]`` of the progress, ``final_gamma`` from ``RISES[1]`` on; between them the steps that
-    count, 1 / (1 - γ), grow by equal factors.
-
-    Source: François-Lavet, Fonteneau, Ernst, "How to Discount Deep Reinforcement Learning: Towards New Dynamic
-    Strategies", 2015.
-    """
-    first, last = RISES
-    share = min(max((progress - first) / (last - first), 0.0), 1.0)
-    return 1 - math.exp((1 - share) * math.log(1 - gamma) + share * math.log(1 - final_gamma))
 
 
 def _count(observations: Observations, space: spaces.Space[Any]) -> int:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import LinearSchedule
@@ -313,7 +312,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         world, row = self.world, self._row
 
         def loss(rows: ReplayBufferSamples) -> th.Tensor:
-            return row.model_loss(Terms(row, world.dynamics, world.classifier, self._value, rows), self._discount)
+            return row.model_loss(Terms(row, world.dynamics, world.classifier, self._value, rows), self.gamma)
 
         with self._timed("dynamics/seconds"):
             log = fit_dynamics(
@@ -376,8 +375,6 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         """While it lasts, minibatches are mixed; the real replay buffer comes back whatever happens."""
         real, world = self.replay_buffer, self.world
         assert real is not None
-        if isinstance(real, NStepReplayBuffer):
-            real.gamma = self._discount
         # Who expands has its share of imagined states already.
         real_share = 1.0 if self._expands else self._real_share
         self.replay_buffer = MixedReplayBuffer(
@@ -406,8 +403,6 @@ class MnM(ModelBased, Expanding):
         imagined states; 0: minibatches of imagined transitions instead, in SAC's own update
     :param actor_rate: the share of ``learning_rate`` to which the actor's falls, by equal factors at equal steps of a
         call of ``learn``, where it looks ahead; 1: as fast as its critics throughout
-    :param final_gamma: what ``gamma`` rises to, between 0.3 and 0.7 of a call of ``learn``, where it looks ahead;
-        ``None``: it stays as it is
     :param critic_layer_norm: whether critics that look ahead have their last hidden layer normalised
         (:mod:`sb3_mismatch.normalising`), with a learned ``ent_coef`` that stays above 0.025 of the largest reward.
         "auto": where no episode has ended before its time limit by the first update, in critics that start anew
@@ -431,7 +426,6 @@ class MnM(ModelBased, Expanding):
         *args: Any,
         expansion: int = 5,
         actor_rate: float = 0.3,
-        final_gamma: float | None = None,
         critic_layer_norm: bool | str = "auto",
         random_steps: int | str = "auto",
         horizon: int | Sequence[int] = 20,
@@ -447,7 +441,6 @@ class MnM(ModelBased, Expanding):
         super().__init__(*args, **own, _init_setup_model=False, **kwargs)
         self.expansion = expansion
         self.actor_rate = actor_rate
-        self.final_gamma = final_gamma
         self.critic_layer_norm = critic_layer_norm
         if _init_setup_model:
             self._setup_model()

@@ -69,7 +69,7 @@ def realistic_reward(reward: th.Tensor, log_ratio: th.Tensor, gamma: float) -> t
 
 def lower_bound_reward(reward: th.Tensor, log_ratio: th.Tensor, gamma: float) -> th.Tensor:
     """r̃ = (1 - γ) log r + log p/q - (1 - γ) log(1 - γ), for r > 0: the bound B_1, the paper's."""
-    return (1 - gamma) * (reward / (1 - gamma)).log() + log_ratio
+    return (1 - gamma) * (reward.log() - math.log(1 - gamma)) + log_ratio
 
 
 def discounted_bound_reward(reward: th.Tensor, log_ratio: th.Tensor, gamma: float) -> th.Tensor:

@@ -52,8 +52,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if settings.get("expansion", 0) != 0:
         check_count("expansion", settings["expansion"], "0 for none, or ")
         check_number("actor_rate", settings["actor_rate"], 0, 1)
-        if settings["final_gamma"] is not None:
-            check_number("final_gamma", settings["final_gamma"], settings["gamma"], 0.9999, "None, or ")
         if settings["critic_layer_norm"] not in ("auto", True, False):
             raise ValueError(f"critic_layer_norm={settings['critic_layer_norm']!r} must be 'auto', True or False")
     if settings["random_steps"] not in (0, "auto"):

@@ -26,7 +26,7 @@ from torch.testing import assert_close
 
 from sb3_mismatch import MBPO, MnM
 from sb3_mismatch.expansion import EPS, FIRST_ENT_COEF, LEAST_ENT_COEF
-from sb3_mismatch.imagining import ENOUGH_TELLING, risen_discount
+from sb3_mismatch.imagining import ENOUGH_TELLING
 from sb3_mismatch.lookahead import Path, expanded_value, look_ahead
 
 GAMMA, ALPHA = 0.9, th.tensor(0.5)
@@ -276,44 +276,6 @@ def test_the_actors_rate_falls_further_than_its_critics():
         assert (rates(**settings) == 1).all()
 
 
-def test_the_discount_rises_by_equal_factors_of_the_steps_that_count():
-    """From 100 steps to 400, with 200 halfway; by itself at the beginning and at the end."""
-    rising = [risen_discount(0.99, 0.9975, progress) for progress in (0.0, 0.3, 0.5, 0.7, 1.0)]
-    np.testing.assert_allclose(rising, [0.99, 0.99, 0.995, 0.9975, 0.9975])
-    assert risen_discount(0.9, 0.9, 0.5) == pytest.approx(0.9)
-
-
-def test_critics_learn_by_the_risen_discount(monkeypatch):
-    """A value of 1 behind five steps that pay nothing, and behind one: γ⁵ and γ are what critics learn of it."""
-    soon(monkeypatch)
-
-    def learned(remaining, n_steps=1, **settings):
-        model = trained(BoxEnv(length=1000), 60, real_ratio=0.5, ent_coef=0.0, gamma=0.9, n_steps=n_steps, **settings)
-        model._current_progress_remaining = remaining
-        with th.no_grad():
-            for parameter in model.critic_target.parameters():
-                parameter.zero_()
-            for network in model.critic_target.q_networks:
-                network[-1].bias.fill_(1.0)
-        model.replay_buffer.rewards[:] = 0.0
-        steps = path([0.0] * 5, [0.0] * 6, [1.0] * 5)._replace(states=th.zeros(6, 1, 3))
-        behind = model._expanded_value(steps, lambda *_: (th.ones(1, 1),), th.zeros(())).item()
-        with model._serving(1):
-            real = model._critic_targets(model.replay_buffer.sample(8, env=None), th.zeros(()))
-        return behind, real.mode(dim=0).values.item()
-
-    assert learned(0.2, final_gamma=0.99) == pytest.approx((0.99**5, 0.99))
-    assert learned(0.2, n_steps=3, final_gamma=0.99) == pytest.approx((0.99**5, 0.99**3))
-    assert learned(0.8, final_gamma=0.99) == learned(0.2) == pytest.approx((0.9**5, 0.9))
-
-
-def test_the_discount_stays_where_nothing_looks_ahead(monkeypatch):
-    soon(monkeypatch)
-    for settings in ({"expansion": 0, "real_ratio": 0.5}, {"real_ratio": 1.0}):
-        model = trained(BoxEnv(), 70, final_gamma=0.999, **settings)
-        assert model._discount == model.gamma == 0.995
-
-
 @pytest.mark.parametrize("settings", [{"expansion": 5, "real_ratio": 1.0}, {"expansion": 0, "real_ratio": 1.0}])
 def test_real_rows_alone_are_sacs(settings, monkeypatch):
     soon(monkeypatch)
@@ -337,7 +299,7 @@ def test_rows_and_expansion_of_the_same_seed_differ(monkeypatch):
 def test_compiled_is_plain(objective, novelty, real_ratio, normalize, uncompiled, monkeypatch):  # noqa: F811
     soon(monkeypatch)
     env = environments(2, BoxEnv, normalize=normalize)
-    settings = {"objective": objective, "novelty_weight": novelty, "real_ratio": real_ratio, "final_gamma": 0.999}
+    settings = {"objective": objective, "novelty_weight": novelty, "real_ratio": real_ratio}
     model = trained(env, 160, **settings, reward_shift="auto", compile=False)
     model._current_progress_remaining = 0.25
     if objective == "mbpo":

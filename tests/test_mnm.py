@@ -308,8 +308,6 @@ def test_loaded_models_imagine_and_continue_identically(saved, monkeypatch):
         ({"actor_rate": "slow"}, "actor_rate='slow' must be a number"),
         ({"critic_layer_norm": "yes"}, "critic_layer_norm='yes' must be 'auto', True or False"),
         ({"actor_rate": -0.1}, "actor_rate=-0.1 must be a finite number between 0 and 1"),
-        ({"final_gamma": 0.99}, "final_gamma=0.99 must be None, or a finite number between 0.995 and 0.9999"),
-        ({"final_gamma": 1}, "final_gamma=1 must be None, or a finite number between 0.995 and 0.9999"),
         ({"novelty_weight": "much"}, "novelty_weight='much' must be 'auto', None, or a number"),
         ({"log_ratio_weight": "auto"}, "log_ratio_weight='auto' must be None, or a number"),
         ({"horizon": 0}, "horizon=0 must be a whole number of at least 1"),

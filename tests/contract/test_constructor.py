@@ -18,7 +18,7 @@ OURS = list(world_settings(objective="mbpo", real_ratio=0.5, horizon=2, imagined
 OURS += ["log_ratio_weight", "novelty_weight", "adversarial_weight", "likelihood_weight"]
 OURS += ["reward_shift", "reward_floor"]
 OURS += ["termination_fn", "reward_fn", "figures_every", "average_steps"]
-OURS += ["expansion", "actor_rate", "final_gamma", "critic_layer_norm", "imagine_freq", "random_steps"]
+OURS += ["expansion", "actor_rate", "critic_layer_norm", "imagine_freq", "random_steps"]
 
 
 @pytest.mark.parametrize("kind", [MnM, VMBPO, MBPO])
