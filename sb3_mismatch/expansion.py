@@ -110,7 +110,7 @@ class Expanding(FastSAC):
         self._lowest_value, self._highest_value = 2 * low - high, 2 * high - low
         # What is rare is no measure: the goal where other steps cost a little, or nothing.
         sizes = paid.abs()
-        common = 10 * sizes.median().item() or 5 * sizes.mean().item()
+        common = 30 * sizes.median().item() or 5 * sizes.mean().item()
         largest = min(sizes.quantile(0.99).item() or sizes.max().item(), common)
         self._largest_payment = largest
         unit = max(largest * longest, 1.0)
