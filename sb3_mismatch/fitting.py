@@ -1,6 +1,5 @@
 """Fit the dynamics (bootstraps, holdout, elites) and the classifier."""
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -29,9 +28,6 @@ Value = Callable[[th.Tensor], th.Tensor]
 
 #: A fit that ends so many nats above where it began has exploded; noise and overfitting move it by a few.
 EXPLOSION = 10.0
-#: A reward of so many times the median is rare where fewer than the ratio are, and that share of the dynamics' rows is
-#: drawn among them: a goal is one row in hundreds, and a score that is content to miss those few pays nothing for it.
-RARE, RARE_RATIO = 100, 0.1
 #: Of the continuous ranked probability score: about as steep as the likelihood where noise is 1/200 of a deviation.
 CRPS_WEIGHT = 200.0
 
@@ -195,7 +191,7 @@ def fit_dynamics(
     def judge() -> tuple[th.Tensor, th.Tensor]:
         return loss(held) / n_targets, _end_loss(dynamics, held)
 
-    rows = bootstraps(train, rare_rewards(batch.rewards[train]), n_members, settings)
+    rows = bootstraps(train, n_members, settings)
     columns = th.randint(len(train), (settings.dynamics_steps, n_members, settings.batch_size), device=device)
     step = training_step(dynamics, optimizer, batch, rows, loss)
     starts = Start(_Body(dynamics), optimizer), Start(dynamics.end, optimizer)
@@ -242,29 +238,17 @@ def fit_dynamics(
     }
 
 
-def rare_rewards(rewards: th.Tensor) -> th.Tensor:
-    """Indices of the rewards that are ``RARE`` times the median and more, where fewer than ``RARE_RATIO`` are: (m,)."""
-    sizes = rewards.abs().flatten()
-    rare = (sizes > RARE * sizes.median()).nonzero().squeeze(1)
-    return rare if len(rare) < RARE_RATIO * len(sizes) else rare[:0]
-
-
-def bootstraps(train: th.Tensor, rare: th.Tensor, n_members: int, settings: FitSettings) -> th.Tensor:
+def bootstraps(train: th.Tensor, n_members: int, settings: FitSettings) -> th.Tensor:
     """
     The rows that each member learns from, drawn with replacement, a share of them among the newest: (E, n).
 
     :param train: indices of the training rows, oldest first, (n,)
-    :param rare: of those, the places of ``RARE_RATIO`` of all, where there are any
     """
     shape = (n_members, len(train))
     drawn = th.randint(len(train), shape, device=train.device)
     newest = len(train) - 1 - th.randint(min(settings.n_recent, len(train)), shape, device=train.device)
     is_recent = th.rand(shape, device=train.device) < settings.recent_ratio
-    places = th.where(is_recent, newest, drawn)
-    if len(rare) > 0:
-        few = places[:, : math.ceil(RARE_RATIO * len(train))]
-        few.copy_(rare[th.randint(len(rare), few.shape, device=train.device)])
-    return train[places]
+    return train[th.where(is_recent, newest, drawn)]
 
 
 def training_step(

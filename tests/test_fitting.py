@@ -14,7 +14,6 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.testing import assert_close
 from toys import LinearSystem, rows_of
 
-from sb3_mismatch import fitting
 from sb3_mismatch.buffers import RealTransitions
 from sb3_mismatch.classifier import Classifier
 from sb3_mismatch.dynamics import Dynamics
@@ -23,7 +22,6 @@ from sb3_mismatch.fitting import (
     Terms,
     bootstraps,
     fit_dynamics,
-    rare_rewards,
     split_holdout,
     training_step,
 )
@@ -198,62 +196,15 @@ def test_each_member_sees_its_own_bootstrap_for_a_whole_fit():
             assert len(one & other) / len(one) == pytest.approx(1 - math.exp(-1), abs=0.1)
 
 
-NONE = th.zeros(0, dtype=th.long)
-
-
 def test_a_share_of_the_rows_are_the_newest():
     th.manual_seed(0)
     train = th.arange(1000, 2000)
-    rows = bootstraps(train, NONE, 2, FitSettings(recent_ratio=0.6, n_recent=100))
+    rows = bootstraps(train, 2, FitSettings(recent_ratio=0.6, n_recent=100))
     assert rows.shape == (2, 1000)
     # 0.6 of the draws by wish, and a tenth of the others.
     assert (rows >= 1900).float().mean().item() == pytest.approx(0.64, abs=0.03)
     assert rows.min() < 1020
-    assert set(bootstraps(train, NONE, 2, FitSettings(recent_ratio=1.0, n_recent=2)).unique().tolist()) == {1998, 1999}
-
-
-def test_a_tenth_of_the_rows_are_those_of_rare_rewards():
-    th.manual_seed(0)
-    train, rare = th.arange(1000, 2000), th.tensor([3, 500])
-    rows = bootstraps(train, rare, 2, FitSettings())
-    for i in rare:
-        assert (rows == train[i]).float().mean().item() == pytest.approx(0.05, abs=0.015)
-    assert len(rows.unique()) > 500
-
-
-def test_rare_rewards_are_a_hundred_times_the_median_and_few():
-    rewards = th.linspace(-0.5, 1.5, 100).unsqueeze(1)
-    assert len(rare_rewards(rewards)) == 0
-    rewards[[7, 70]] = th.tensor([[100.0], [-60.0]])
-    assert rare_rewards(rewards).tolist() == [7, 70]
-    assert rare_rewards(th.eye(20)[:, :1]).tolist() == [0]
-    for rewards in (th.zeros(100, 1), th.tensor([[0.0]] * 90 + [[1.0]] * 10)):
-        assert len(rare_rewards(rewards)) == 0
-
-
-def test_a_goal_that_one_step_in_two_hundred_reaches_is_learned(monkeypatch):
-    """It pays 100, beyond 0.95 on a line from -1 to 1; other steps cost up to 0.1."""
-
-    def paid_at_the_goal():
-        th.manual_seed(0)
-        s, a = (2 * th.rand(3000, 1) - 1 for _ in range(2))
-        s = th.where((s > 0.95) & (th.rand(3000, 1) > 0.2), -s, s)
-        at_goal = s > 0.95
-        assert at_goal.float().mean() < 0.01
-        data = rows_of(s, a, s + 0.01 * a)
-        data = replace(data, batch=data.batch._replace(rewards=100.0 * at_goal - 0.1 * a**2))
-        dynamics = Dynamics(1, 1, 3, 2, net_arch=[64, 64], end_arch=[4])
-
-        def loss(rows):
-            return 200 * dynamics.crps_of(dynamics(*rows[:2]), rows[0], rows[2], rows.rewards).mean(dim=1)
-
-        fit(dynamics, data, loss=loss, dynamics_steps=900)
-        with th.no_grad():
-            return dynamics.sample(th.full((60, 1), 0.98), th.zeros(60, 1))[1].mean().item()
-
-    paid = paid_at_the_goal()
-    monkeypatch.setattr(fitting, "RARE_RATIO", 0.0)
-    assert paid > 80 > 10 > paid_at_the_goal()
+    assert set(bootstraps(train, 2, FitSettings(recent_ratio=1.0, n_recent=2)).unique().tolist()) == {1998, 1999}
 
 
 def test_members_minibatches_differ():
