@@ -339,11 +339,13 @@ def update_ahead(
 
     def earned(*transitions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         *transition, rewards = transitions
+        ends = dynamics.end_probability(transition[2])
+        rewards = rewards + ends * dynamics.end_reward
         rewards = (rewards / starts.reward_std).clamp(-starts.clip_reward, starts.clip_reward)
         log_ratio = classifier.log_ratio(*transition) if ahead.objective.uses_classifier else th.zeros_like(rewards)
         novelty = dynamics.novelty(*transition[:2]) if ahead.objective.novelty_weight != 0 else None
         paid = payment.imagined(rewards, log_ratio, th.ones_like(rewards), novelty)
-        return paid, 1 - dynamics.end_probability(transition[2])
+        return paid, 1 - ends
 
     def path(weights: Weights) -> Path:
         noise = iter(starts.noise)

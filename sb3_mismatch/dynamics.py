@@ -28,6 +28,8 @@ ROWS_AT_ONCE = 1000
 NOISE = 0.9
 #: What it weighs in the losses is enough for its own outputs to learn, should there be something to learn after all.
 NOISE_WEIGHT = 0.01
+#: Ends that all pay more than so many times the median step are told apart from steps by what they pay.
+OUTSTANDING = 30
 
 
 class EnsembleLinear(nn.Module):
@@ -132,6 +134,7 @@ class Dynamics(nn.Module):
     holdout_loss: th.Tensor
     holdout_error: th.Tensor
     foretold: th.Tensor
+    end_reward: th.Tensor
     low: th.Tensor
     high: th.Tensor
 
@@ -167,6 +170,7 @@ class Dynamics(nn.Module):
         self.register_buffer("holdout_loss", th.zeros(n_members))
         self.register_buffer("holdout_error", th.ones(n_targets))
         self.register_buffer("foretold", th.ones(obs_dim))
+        self.register_buffer("end_reward", th.zeros(1))
         # The range of the targets' raw quantities (s', r), which imagination does not leave.
         self.register_buffer("low", th.full((n_targets,), -th.inf))
         self.register_buffer("high", th.full((n_targets,), th.inf))
@@ -212,6 +216,24 @@ class Dynamics(nn.Module):
         margin = 0.5 * (self.high - self.low)
         out = th.cat([state, raw[..., -1:]], dim=-1).clamp(self.low - margin, self.high + margin)
         return out[..., :-1], out[..., -1:]
+
+    @th.no_grad()
+    def without_end_reward(self, rewards: th.Tensor, dones: th.Tensor) -> th.Tensor:
+        """
+        Learn what ends pay where that is more than steps do by far, a goal's reward say, and leave it to them.
+
+        A network would give up what is so rare, and one that did not would let the goal be collected in states about
+        it, in which the episode goes on.
+
+        :param rewards: real ones, (n, 1)
+        :param dones: one where the episode ended, (n, 1)
+        :return: what is left for the networks to learn, (n, 1)
+        """
+        paid = rewards[dones > 0]
+        least = OUTSTANDING * rewards.abs().median()
+        outstanding = len(paid) > 0 and bool((paid > least).all() | (paid < -least).all())
+        self.end_reward.copy_(paid.mean() if outstanding else th.zeros(()))
+        return rewards - dones * self.end_reward
 
     def ignore_noise(self) -> None:
         """Tell the dimensions of the state that are foretold on held-out rows from those that are not."""

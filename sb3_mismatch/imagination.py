@@ -63,8 +63,8 @@ def imagine(act: Act, dynamics: Dynamics, outcomes: Outcomes, starts: th.Tensor,
     for _ in range(horizon):
         actions = act(observations)
         next_observations, learned = dynamics.sample(observations, actions)
-        rewards = outcomes.rewards(observations, actions, next_observations, learned)
         ends = outcomes.ends(observations, actions, next_observations).float()
+        rewards = outcomes.rewards(observations, actions, next_observations, learned, ends)
         steps.append((observations, actions, next_observations, ends, rewards, alive))
         # A row whose episode has ended stays before its end: no step waits for the device, and neither the networks nor
         # the user's functions are asked about states in which nobody lives.
@@ -124,8 +124,9 @@ def members_ways(dynamics: Dynamics, outcomes: Outcomes, trajectories: Trajector
         actions = step_actions.expand(n_members, *step_actions.shape)
         predicted: Gaussian = dynamics(observations, actions)
         next_observations, learned = dynamics.decode(observations, predicted.mean)
-        flat = (x.flatten(0, 1) for x in (observations, actions, next_observations, learned))
-        rewards.append(alive * outcomes.rewards(*flat).view(n_members, n, 1))
+        s, a, next_s = (x.flatten(0, 1) for x in (observations, actions, next_observations))
+        earned = outcomes.rewards(s, a, next_s, learned.flatten(0, 1), outcomes.ends(s, a, next_s).float())
+        rewards.append(alive * earned.view(n_members, n, 1))
         observations = th.where(alive > 0, next_observations, observations)
         states.append(observations)
     return th.stack(states), th.stack(rewards)

@@ -387,11 +387,12 @@ class Imagining(OffPolicyAlgorithm):
             observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, learned: th.Tensor
         ) -> tuple[th.Tensor, th.Tensor]:
             transitions = (observations, actions, next_observations)
-            rewards = world.outcomes.rewards(*transitions, learned)
+            continuation = world.outcomes.continuation(*transitions)
+            rewards = world.outcomes.rewards(*transitions, learned, 1 - continuation)
             rewards = rewards if normalize is None else normalize.reward(rewards)
             judged = self._log_ratio(*transitions), th.ones_like(rewards), self._novelty(observations, actions)
             paid = payment.imagined(rewards, *judged)
-            return paid, world.outcomes.continuation(*transitions)
+            return paid, continuation
 
         with self._streams.active(), self._keeping_exploration():
             states = world.imagined.sample_states(-(-n // self.n_elites) * self.n_elites)

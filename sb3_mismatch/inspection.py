@@ -144,8 +144,10 @@ def prediction(model: ModelBased, data: RealTransitions, fresh: bool) -> Predict
     stacked = [x.expand(len(elites), *x.shape) for x in (observations, actions)]
     states, learned = world.dynamics.decode(stacked[0], world.dynamics(*stacked, elites).mean)
     predicted = states.mean(dim=0)
-    told_rewards = world.outcomes.rewards(observations, actions, predicted, learned.mean(dim=0))
-    told_ends = world.outcomes.ends(observations, actions, next_observations)
+    transitions = (observations, actions, next_observations)
+    told_ends = world.outcomes.ends(*transitions)
+    over = 1 - world.outcomes.continuation(*transitions)
+    told_rewards = world.outcomes.rewards(observations, actions, predicted, learned.mean(dim=0), over)
     ends = dones > 0
     return Prediction(
         names=[*names(world.observations), "reward"],

@@ -53,11 +53,20 @@ class Outcomes:
         return 1 - self.ends(observations, actions, next_observations).float()
 
     def rewards(
-        self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, learned: th.Tensor
+        self,
+        observations: th.Tensor,
+        actions: th.Tensor,
+        next_observations: th.Tensor,
+        learned: th.Tensor,
+        ends: th.Tensor,
     ) -> th.Tensor:
-        """What the transition earns, (n, 1): the ``learned`` rewards unless the user gave a function."""
+        """
+        What the transition earns, (n, 1): unless the user gave a function, the ``learned`` rewards and what ends pay.
+
+        :param ends: one where the episode ends at s', or how likely that is
+        """
         if self.reward_fn is None:
-            return learned
+            return learned + ends * self.dynamics.end_reward
         return self._ask("reward_fn", self.reward_fn, observations, actions, next_observations)
 
     def _ask(

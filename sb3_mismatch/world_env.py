@@ -132,8 +132,8 @@ class ImaginedEpisodes:
         with self._streams.active():
             drawn, learned = self._dynamics.sample(states, scaled)
             next_states = th.clamp(drawn, self._low, self._high)
-            rewards = self._outcomes.rewards(states, scaled, next_states, learned)
             ends = self._outcomes.ends(states, scaled, next_states)
+            rewards = self._outcomes.rewards(states, scaled, next_states, learned, ends.float())
         log_ratio = self._classifier.log_ratio(states, scaled, next_states) if self._judges else 0 * rewards
         disagreement = self._dynamics.disagreement(states, scaled)
         if self.max_disagreement is not None:

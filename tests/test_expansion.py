@@ -319,6 +319,16 @@ def test_compiled_is_plain_where_the_world_is_cooler(uncompiled, monkeypatch):  
     assert not th.allclose(weights(plain), weights(without))
 
 
+def test_compiled_is_plain_where_ends_pay(uncompiled, monkeypatch):  # noqa: F811
+    soon(monkeypatch)
+    model = trained(BoxEnv(), 100, real_ratio=0.5, compile=False)
+    without, _ = trained_both_ways(model)
+    model.world.dynamics.end_reward.fill_(20.0)
+    plain, fast = trained_both_ways(model)
+    assert_close_agents(plain, fast)
+    assert not th.allclose(weights(plain), weights(without))
+
+
 def test_compiled_is_plain_where_critics_are_normalised(uncompiled, monkeypatch):  # noqa: F811
     soon(monkeypatch)
     model = trained(BoxEnv(), 100, real_ratio=0.5, compile=False, critic_layer_norm=True)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch as th
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -26,6 +27,8 @@ from sb3_mismatch.fitting import (
     training_step,
 )
 from sb3_mismatch.objectives import OBJECTIVES, Objective
+from sb3_mismatch.observations import FlatObservations
+from sb3_mismatch.terminations import Outcomes
 
 
 def likelihood(dynamics: Dynamics) -> Callable:
@@ -154,6 +157,54 @@ def test_rare_rewards_beside_a_constant_leave_little_unexplained():
         Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=1e-2, dynamics_steps=100
     )
     assert log["dynamics/unexplained"] > 0.5
+
+
+def goals(n: int = 2000, goal_ends: bool = True) -> RealTransitions:
+    """Actions cost a little; s' > 0.95, rarely met, pays 100."""
+    s, a = (2 * th.rand(n, 1) - 1 for _ in range(2))
+    s = th.where((s.abs() > 0.9) & (th.rand(n, 1) > 0.1), s / 2, s)
+    reached = (s + 0.01 * a > 0.95).float()
+    data = rows_of(s, a, s + 0.01 * a, 100 * reached - 0.1 * a**2)
+    return replace(data, batch=data.batch._replace(dones=reached if goal_ends else 0 * reached))
+
+
+def crps(dynamics: Dynamics) -> Callable:
+    return lambda rows: 200 * dynamics.crps_of(dynamics(*rows[:2]), rows[0], rows[2], rows.rewards).mean(dim=1)
+
+
+def test_a_goal_that_ends_an_episode_is_collected_once():
+    th.manual_seed(0)
+    data, dynamics = goals(), Dynamics(1, 1, 3, 2, net_arch=[32])
+    assert 2 < data.batch.dones.sum() < 30
+    log = fit(dynamics, data, loss=crps(dynamics), lr=2e-3, dynamics_steps=300)
+    assert dynamics.end_reward.item() == pytest.approx(100, abs=0.2)
+    space, actions = spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (1,))
+    outcomes = Outcomes(dynamics, FlatObservations(space), actions)
+    # Slowly over the bound, many steps in states in which the end is neither certain nor out of the question.
+    s, a = th.linspace(0.85, 1.05, 40).unsqueeze(1), th.ones(40, 1)
+    next_states, learned = dynamics.sample(s, a)
+    goes_on = outcomes.continuation(s, a, next_states)
+    rewards = outcomes.rewards(s, a, next_states, learned, 1 - goes_on)
+    lived = th.cat([th.ones(1, 1), goes_on[:-1]]).cumprod(dim=0)
+    assert (lived * rewards).sum().item() == pytest.approx(100, abs=5)
+    assert rewards[0].abs() < 5
+    # What is left for the networks are the actions' costs.
+    assert log["dynamics/unexplained"] < 0.5
+    assert dynamics.targets.std[-1] < 0.1
+
+
+@pytest.mark.parametrize("paid", ["no end", "little", "both ways"])
+def test_networks_learn_what_ends_pay_where_that_does_not_stand_out(paid):
+    data, dynamics = goals(goal_ends=paid != "no end"), Dynamics(1, 1, 2, 1, net_arch=[8])
+    rewards, ends = data.batch.rewards.clone(), data.batch.dones > 0
+    if paid == "little":
+        rewards[ends] = 20 * rewards.abs().median()
+    if paid == "both ways":
+        rewards[ends.nonzero()[0]] *= -1
+    fit(dynamics, replace(data, batch=data.batch._replace(rewards=rewards)), dynamics_steps=1)
+    assert dynamics.end_reward.item() == 0
+    train, _ = split_holdout(data, FitSettings())
+    assert_close(dynamics.high[-1], rewards[train].max())
 
 
 def test_constant_targets_are_learned_exactly():

@@ -32,7 +32,7 @@ class EndAt:
     def ends(self, observations, actions, next_observations):
         return next_observations >= 3
 
-    def rewards(self, observations, actions, next_observations, learned):
+    def rewards(self, observations, actions, next_observations, learned, ends):
         return learned
 
 
@@ -58,6 +58,15 @@ def test_trajectories_row_by_row():
         ]
     )
     assert_close(th.cat(batch[:5], dim=1), expected)
+
+
+def test_rewards_know_whether_the_episode_ends():
+    class Paid(EndAt):
+        def rewards(self, observations, actions, next_observations, learned, ends):
+            return learned + 7 * ends
+
+    batch = imagine(one, Sum(), Paid(), STARTS, horizon=3).rows()
+    assert_close(batch.rewards, 10 * batch.observations + 7 * (batch.next_observations >= 3))
 
 
 def test_trajectories_stand_side_by_side():
@@ -88,7 +97,7 @@ def test_actions_follow_from_the_state_reached():
 
 def test_rewards_see_the_whole_transition():
     class Told(EndAt):
-        def rewards(self, observations, actions, next_observations, learned):
+        def rewards(self, observations, actions, next_observations, learned, ends):
             return observations + 10 * actions + 100 * next_observations + 1000 * learned
 
     batch = imagine(lambda s: 2 * one(s), Sum(), Told(), th.tensor([[0.5]]), horizon=1)
@@ -97,7 +106,7 @@ def test_rewards_see_the_whole_transition():
 
 def test_nothing_is_asked_about_states_behind_an_end():
     class Watched(EndAt):
-        def rewards(self, observations, actions, next_observations, learned):
+        def rewards(self, observations, actions, next_observations, learned, ends):
             assert (observations < 3).all()
             return learned
 

@@ -46,7 +46,7 @@ def test_a_world_alone_answers_as_the_agents(agent, tmp_path):
     assert_same(*answers)
     assert (world.fit_settings, world.dynamics.n_elites) == (agent.world.fit_settings, 2)
     world = load_world(tmp_path / "world", "cpu", reward_fn=lambda s, a, t: a[:, 0])
-    assert_same(world.outcomes.rewards(s, a, s, s[:, :1]), a[:, :1])
+    assert_same(world.outcomes.rewards(s, a, s, s[:, :1], 0 * a[:, :1]), a[:, :1])
 
 
 def test_an_agent_takes_a_world_and_learns_on(agent, tmp_path):

@@ -37,7 +37,7 @@ def test_functions_see_the_environments_scale_and_shape():
 
     ours = outcomes(termination_fn=watch, reward_fn=watch)
     ours.ends(S, A, S2)
-    assert_close(ours.rewards(S, A, S2, learned=th.zeros(4, 1)), th.full((4, 1), -1.0))
+    assert_close(ours.rewards(S, A, S2, th.zeros(4, 1), th.ones(4, 1)), th.full((4, 1), -1.0))
     assert len(seen) == 2
     for observations, actions, next_observations in seen:
         assert_close(observations, S.view(4, 2, 3))
@@ -53,7 +53,8 @@ def test_actions_have_their_spaces_shape():
         assert actions.shape == (4, 3, 1)
         return actions.sum(dim=(1, 2))
 
-    assert_close(outcomes(actions=wide, reward_fn=reward).rewards(S, A, S2, th.zeros(4, 1)), th.zeros(4, 1))
+    paid = outcomes(actions=wide, reward_fn=reward).rewards(S, A, S2, th.zeros(4, 1), th.zeros(4, 1))
+    assert_close(paid, th.zeros(4, 1))
 
 
 def test_functions_of_dict_observations():
@@ -76,7 +77,8 @@ def test_answers_of_any_kind_of_number(shape, dtype):
 
     ours = outcomes(termination_fn=answer, reward_fn=answer)
     assert_close(ours.ends(S, A, S2), th.tensor([[False], [True], [True], [False]]))
-    assert_close(ours.rewards(S, A, S2, th.zeros(4, 1)), th.tensor([[0.0], [1.0], [1.0], [0.0]]))
+    ours.dynamics.end_reward.fill_(9.0)
+    assert_close(ours.rewards(S, A, S2, th.zeros(4, 1), th.ones(4, 1)), th.tensor([[0.0], [1.0], [1.0], [0.0]]))
 
 
 @pytest.mark.parametrize("name", ["termination_fn", "reward_fn"])
@@ -95,14 +97,17 @@ def test_answers_of_any_kind_of_number(shape, dtype):
 )
 def test_other_answers_are_refused_by_name(name, answer, sentence):
     ours = outcomes(**{name: lambda *_: answer})
-    ask = ours.ends if name == "termination_fn" else lambda *rows: ours.rewards(*rows, th.zeros(4, 1))
+    ask = ours.ends if name == "termination_fn" else lambda *rows: ours.rewards(*rows, th.zeros(4, 1), th.zeros(4, 1))
     with pytest.raises(ValueError, match=f"^{name} .*{re.escape(sentence)}"):
         ask(S, A, S2)
 
 
-def test_learned_rewards_are_the_dynamics_own():
-    learned = th.randn(4, 1)
-    assert outcomes().rewards(S, A, S2, learned) is learned
+def test_learned_rewards_are_the_dynamics_own_and_what_ends_pay():
+    learned, ends = th.randn(4, 1), th.tensor([[0.0], [1.0], [0.25], [0.0]])
+    ours = outcomes()
+    assert_close(ours.rewards(S, A, S2, learned, ends), learned, rtol=0, atol=0)
+    ours.dynamics.end_reward.fill_(8.0)
+    assert_close(ours.rewards(S, A, S2, learned, ends) - learned, 8 * ends)
 
 
 def test_learned_end_is_the_likelier_outcome():

@@ -32,13 +32,13 @@ class Sum:
 
 
 class EndAt:
-    """The episode ends where s' >= 3; rewards stand."""
+    """The episode ends where s' >= 3 and pays 7 beside the learned reward."""
 
     def ends(self, observations, actions, next_observations):
         return next_observations >= 3
 
-    def rewards(self, observations, actions, next_observations, learned):
-        return learned
+    def rewards(self, observations, actions, next_observations, learned, ends):
+        return learned + 7 * ends
 
 
 class Change:
@@ -92,7 +92,7 @@ def test_an_end_is_no_time_limit_and_starts_anew():
     assert dones.all()
     assert [info["TimeLimit.truncated"] for info in infos] == [False, True]
     assert_same([info["terminal_observation"] for info in infos], [np.array([3.0]), np.array([0.0])])
-    assert_same(rewards, np.array([20.0, 0.0], np.float32))
+    assert_same(rewards, np.array([27.0, 0.0], np.float32))
     assert_same(observations, np.zeros((2, 1)))
     *_, dones, infos = env.step(ON)
     assert not dones.any()
@@ -120,7 +120,7 @@ def test_gymnasium_vectors_tell_the_same():
     assert truncated.tolist() == [False, True]
     assert_same(list(infos["final_obs"]), [np.array([3.0]), np.array([1.0])])
     assert_same(infos["final_info"]["disagreement"], np.array([2.0, 1.0]))
-    assert_same(rewards, np.array([20.0, 10.0]))
+    assert_same(rewards, np.array([27.0, 10.0]))
     assert_same(observations, np.zeros((2, 1)))
     assert observations in env.observation_space
 
@@ -133,7 +133,7 @@ def test_single_form_by_hand():
     env.step(np.array([6.0]))
     env.step(np.array([6.0]))
     observation, reward, terminated, truncated, info = env.step(np.array([6.0]))
-    assert (observation.item(), reward, terminated, truncated) == (3.0, 20.0, True, False)
+    assert (observation.item(), reward, terminated, truncated) == (3.0, 27.0, True, False)
     assert info == {"disagreement": 2.0, "log_ratio": 1.0}
     with pytest.raises(ValueError, match="n_envs=2 episodes do not fit a single environment"):
         WorldEnv(episodes())
