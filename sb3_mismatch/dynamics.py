@@ -28,8 +28,10 @@ ROWS_AT_ONCE = 1000
 NOISE = 0.9
 #: What it weighs in the losses is enough for its own outputs to learn, should there be something to learn after all.
 NOISE_WEIGHT = 0.01
-#: Ends that all pay more than so many times the median step are told apart from steps by what they pay.
+#: A reward of more than so many times what is common stands out.
 OUTSTANDING = 30
+#: Rewards that stand out from all but so few others are rare.
+RARE = 0.05
 
 
 class EnsembleLinear(nn.Module):
@@ -135,6 +137,7 @@ class Dynamics(nn.Module):
     holdout_error: th.Tensor
     foretold: th.Tensor
     end_reward: th.Tensor
+    rare_rewards: th.Tensor
     low: th.Tensor
     high: th.Tensor
 
@@ -171,6 +174,7 @@ class Dynamics(nn.Module):
         self.register_buffer("holdout_error", th.ones(n_targets))
         self.register_buffer("foretold", th.ones(obs_dim))
         self.register_buffer("end_reward", th.zeros(1))
+        self.register_buffer("rare_rewards", th.zeros(1))
         # The range of the targets' raw quantities (s', r), which imagination does not leave.
         self.register_buffer("low", th.full((n_targets,), -th.inf))
         self.register_buffer("high", th.full((n_targets,), th.inf))
@@ -218,12 +222,12 @@ class Dynamics(nn.Module):
         return out[..., :-1], out[..., -1:]
 
     @th.no_grad()
-    def without_end_reward(self, rewards: th.Tensor, dones: th.Tensor) -> th.Tensor:
+    def tell_outstanding(self, rewards: th.Tensor, dones: th.Tensor) -> th.Tensor:
         """
-        Learn what ends pay where that is more than steps do by far, a goal's reward say, and leave it to them.
+        Tell rewards that stand out from the others: those of ends, and whether there are rare ones beside.
 
-        A network would give up what is so rare, and one that did not would let the goal be collected in states about
-        it, in which the episode goes on.
+        What all ends pay is left to them, a goal's reward say: networks that learned it would let the goal be collected
+        in states about it, in which the episode goes on.
 
         :param rewards: real ones, (n, 1)
         :param dones: one where the episode ended, (n, 1)
@@ -233,7 +237,10 @@ class Dynamics(nn.Module):
         least = OUTSTANDING * rewards.abs().median()
         outstanding = len(paid) > 0 and bool((paid > least).all() | (paid < -least).all())
         self.end_reward.copy_(paid.mean() if outstanding else th.zeros(()))
-        return rewards - dones * self.end_reward
+        left = rewards - dones * self.end_reward
+        sizes = left.abs()
+        self.rare_rewards.copy_(sizes.max() > OUTSTANDING * sizes.quantile(1 - RARE))
+        return left
 
     def ignore_noise(self) -> None:
         """Tell the dimensions of the state that are foretold on held-out rows from those that are not."""
@@ -271,7 +278,7 @@ class Dynamics(nn.Module):
 
         ∫ (F(y) - 1[y >= target])² dy of each Gaussian, lowest for the true distribution as the negative log-likelihood
         is, and no steeper for what is easily foretold: it gives up nothing that is hard, an impact of a foot among
-        smooth steps, for noise.
+        smooth steps, for noise. Where rewards are rare, half their squared error is added.
 
         Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007, equation 21.
         """
@@ -281,7 +288,9 @@ class Dynamics(nn.Module):
         z = (targets - mean) / std
         twice_density = math.sqrt(2 / math.pi) * (-0.5 * z.square()).exp()
         scores = std * (z * th.erf(z / math.sqrt(2)) + twice_density - 1 / math.sqrt(math.pi))
-        return (self._weights() * scores).sum(dim=-1)
+        # Values are made of means, and for rare rewards this score would learn a median.
+        error = self.rare_rewards * (targets - mean)[..., -1]
+        return (self._weights() * scores).sum(dim=-1) + 0.5 * error.square()
 
     def squared_error(
         self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor

@@ -183,7 +183,7 @@ def fit_dynamics(
     """
     train, holdout = split_holdout(data, settings)
     batch, n_members, device = data.batch, dynamics.n_members, data.position.device
-    batch = batch._replace(rewards=dynamics.without_end_reward(batch.rewards, batch.dones))
+    batch = batch._replace(rewards=dynamics.tell_outstanding(batch.rewards, batch.dones))
     n_targets = dynamics.low.numel()
     _standardise(dynamics, batch, train)
     held = ReplayBufferSamples(*(c[holdout].expand(n_members, -1, -1) for c in batch[:5]))

@@ -203,8 +203,31 @@ def test_networks_learn_what_ends_pay_where_that_does_not_stand_out(paid):
         rewards[ends.nonzero()[0]] *= -1
     fit(dynamics, replace(data, batch=data.batch._replace(rewards=rewards)), dynamics_steps=1)
     assert dynamics.end_reward.item() == 0
+    assert dynamics.rare_rewards.item() == (paid != "little")
     train, _ = split_holdout(data, FitSettings())
     assert_close(dynamics.high[-1], rewards[train].max())
+
+
+def test_rare_rewards_are_learned_by_their_mean(monkeypatch):
+    def told(outstanding: float) -> float:
+        """Of what is paid at goals, the share that the world tells."""
+        monkeypatch.setattr("sb3_mismatch.dynamics.OUTSTANDING", outstanding)
+        th.manual_seed(0)
+        data, dynamics = goals(goal_ends=False), Dynamics(1, 1, 3, 2, net_arch=[64, 64])
+        fit(dynamics, data, loss=crps(dynamics), lr=2e-3, dynamics_steps=1500)
+        rewards = dynamics.sample(data.batch.observations, data.batch.actions)[1]
+        return ((rewards * (data.batch.rewards > 50)).sum() / data.batch.rewards.clamp(min=0).sum()).item()
+
+    assert told(30) > 0.4
+    assert told(math.inf) < 0.1
+
+
+@pytest.mark.parametrize(("share", "rare"), [(0.04, True), (0.06, False)])
+def test_rewards_are_rare_up_to_a_twentieth_of_the_rows(share, rare):
+    dynamics, rewards = Dynamics(1, 1, 2, 1, net_arch=[8]), 0.01 * th.ones(1000, 1)
+    rewards[: int(1000 * share)] = 1.0
+    assert_close(dynamics.tell_outstanding(rewards, 0 * rewards), rewards)
+    assert dynamics.rare_rewards.item() == rare
 
 
 def test_constant_targets_are_learned_exactly():
