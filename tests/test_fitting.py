@@ -162,7 +162,7 @@ def test_rare_rewards_beside_a_constant_leave_little_unexplained():
 def goals(n: int = 2000, goal_ends: bool = True) -> RealTransitions:
     """Actions cost a little; s' > 0.95, rarely met, pays 100."""
     s, a = (2 * th.rand(n, 1) - 1 for _ in range(2))
-    s = th.where((s.abs() > 0.9) & (th.rand(n, 1) > 0.1), s / 2, s)
+    s = th.where((s.abs() > 0.9) & (th.rand(n, 1) > 0.3), s / 2, s)
     reached = (s + 0.01 * a > 0.95).float()
     data = rows_of(s, a, s + 0.01 * a, 100 * reached - 0.1 * a**2)
     return replace(data, batch=data.batch._replace(dones=reached if goal_ends else 0 * reached))
