@@ -28,10 +28,8 @@ ROWS_AT_ONCE = 1000
 NOISE = 0.9
 #: What it weighs in the losses is enough for its own outputs to learn, should there be something to learn after all.
 NOISE_WEIGHT = 0.01
-#: A reward of more than so many times what is common stands out.
+#: A reward of more than so many times the median stands out.
 OUTSTANDING = 30
-#: Rewards that stand out from all but so few others are rare.
-RARE = 0.05
 
 
 class EnsembleLinear(nn.Module):
@@ -238,8 +236,7 @@ class Dynamics(nn.Module):
         outstanding = len(paid) > 0 and bool((paid > least).all() | (paid < -least).all())
         self.end_reward.copy_(paid.mean() if outstanding else th.zeros(()))
         left = rewards - dones * self.end_reward
-        sizes = left.abs()
-        self.rare_rewards.copy_(sizes.max() > OUTSTANDING * sizes.quantile(1 - RARE))
+        self.rare_rewards.copy_(left.abs().max() > least)
         return left
 
     def ignore_noise(self) -> None:

@@ -222,10 +222,10 @@ def test_rare_rewards_are_learned_by_their_mean(monkeypatch):
     assert told(math.inf) < 0.1
 
 
-@pytest.mark.parametrize(("share", "rare"), [(0.04, True), (0.06, False)])
-def test_rewards_are_rare_up_to_a_twentieth_of_the_rows(share, rare):
+@pytest.mark.parametrize(("n", "size", "rare"), [(1, 31, True), (499, -31, True), (501, 31, False), (1, 29, False)])
+def test_rewards_are_rare_that_stand_out_from_most(n, size, rare):
     dynamics, rewards = Dynamics(1, 1, 2, 1, net_arch=[8]), 0.01 * th.ones(1000, 1)
-    rewards[: int(1000 * share)] = 1.0
+    rewards[:n] *= size
     assert_close(dynamics.tell_outstanding(rewards, 0 * rewards), rewards)
     assert dynamics.rare_rewards.item() == rare
 
