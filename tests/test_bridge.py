@@ -73,7 +73,8 @@ class OneHot:
         """The deep code's estimate of the bound, and its standard error."""
         payment = Payment(OBJECTIVES[objective], GAMMA, lowest=float(self.reward.min()))
         outcomes = SimpleNamespace(
-            rewards=lambda s, a, s_next, learned: learned, ends=lambda s, a, s_next: th.zeros(len(a), 1, dtype=th.bool)
+            rewards=lambda s, a, s_next, learned, ends: learned,
+            ends=lambda s, a, s_next: th.zeros(len(a), 1, dtype=th.bool),
         )
         starts = self.observation(th.multinomial(self.start, n, replacement=True))
         horizon = discounting_horizon(GAMMA, remainder=1e-4)
