@@ -158,7 +158,7 @@ class Numbers(NamedTuple):
     :param largest: gradients of this norm and above count for nothing
     :param unit: what the critics call one
     :param lowest_value, highest_value: bounds of what they learn by looking ahead, in their unit
-    :param offset, lowest, novelty_share: of the :class:`~sb3_mismatch.objectives.Payment`
+    :param offset, lowest, novelty_share, log_ratio_share: of the :class:`~sb3_mismatch.objectives.Payment`
     """
 
     ent_coef_rate: Any
@@ -177,6 +177,7 @@ class Numbers(NamedTuple):
     offset: Any
     lowest: Any
     novelty_share: Any
+    log_ratio_share: Any
 
 
 # -- the update --
@@ -332,7 +333,8 @@ def update_ahead(
     ahead, starts = spec.ahead, rows.starts
     assert ahead is not None
     assert starts is not None
-    payment = Payment(ahead.objective, ahead.gamma, numbers.offset, numbers.lowest, numbers.unit, numbers.novelty_share)
+    given = (numbers.offset, numbers.lowest, numbers.unit, numbers.novelty_share, numbers.log_ratio_share)
+    payment = Payment(ahead.objective, ahead.gamma, *given)
 
     def seen(states: th.Tensor) -> th.Tensor:
         return ((states - starts.mean) / starts.std).clamp(-starts.clip, starts.clip)

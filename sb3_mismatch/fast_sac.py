@@ -331,7 +331,7 @@ class FastSAC(SAC):
 
     def _bounds(self) -> tuple[float, ...]:
         """The last of :class:`~sb3_mismatch.compiled.Numbers`, from ``unit`` on."""
-        return 1.0, -math.inf, math.inf, 0.0, 0.0, 1.0
+        return 1.0, -math.inf, math.inf, 0.0, 0.0, 1.0, 1.0
 
     # -- the log --
 

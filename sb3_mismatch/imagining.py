@@ -257,15 +257,20 @@ class Imagining(OffPolicyAlgorithm):
         if isinstance(self.replay_buffer, MixedReplayBuffer):
             return self.replay_buffer.payment
         row = self._row
-        unit, novelty_share = self._unit or 1.0, self._novelty_share
+        today = self._unit or 1.0, self._novelty_share, self._log_ratio_share
         if not row.takes_log:
-            return Payment(row, self.gamma, unit=unit, novelty_share=novelty_share)
+            return Payment(row, self.gamma, 0.0, 0.0, *today)
         assert self.replay_buffer is not None
         lowest = float(self.replay_buffer.rewards[: self.replay_buffer.size()].min())
         offset = positive_offset(str(self.objective), lowest, self.reward_shift, self.reward_floor)
         normalize = self._normalization()
         scale = 1.0 if normalize is None else normalize.reward_std
-        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale, unit, novelty_share)
+        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale, *today)
+
+    @property
+    def _log_ratio_share(self) -> float:
+        """Where it is no part of a bound, looking real is worth no more than rewards are: they may be tiny."""
+        return min(self._payment_size, 1.0) if self._expands and self._row.centred else 1.0  # type: ignore[attr-defined]
 
     @property
     def _novelty_share(self) -> float:
@@ -431,7 +436,7 @@ class Imagining(OffPolicyAlgorithm):
     def _bounds(self) -> tuple[float, ...]:
         unit, payment = self._unit or 1.0, self._payment()
         bounds = self._lowest_value / unit, self._highest_value / unit
-        return unit, *bounds, payment.offset, payment.lowest, payment.novelty_share
+        return unit, *bounds, payment.offset, payment.lowest, payment.novelty_share, payment.log_ratio_share
 
     def _value(self, flat: th.Tensor) -> th.Tensor:
         """V at raw flat observations, (n, 1), in the units of r̃, differentiable in them."""

@@ -122,7 +122,8 @@ class Objective:
         objective is a lower bound on the log of the expected return
     :param centred: whether the log-ratio has its mean over the imagined rows subtracted before it is paid: a
         constant part would pay or punish staying alive. It is paid without a gradient then: policies follow it by the
-        critics' values alone
+        critics' values alone. Who looks ahead is paid no more for it than the largest rewards are, where these lie
+        below 1
     :param uses_classifier: whether a classifier is trained at all
     :param ignores_noise: whether dimensions of the state that cannot be foretold are left out of the dynamics'
         networks, losses and the classifier; what is to lean towards value has to keep its noise
@@ -189,6 +190,7 @@ class Payment:
     :param lowest: the lowest reward that has a logarithm, shifted, in the same units
     :param unit: what is paid is divided by it
     :param novelty_share: of the row's ``novelty_weight``, what is paid today
+    :param log_ratio_share: of its ``log_ratio_weight``, the same
     """
 
     row: Objective
@@ -197,6 +199,7 @@ class Payment:
     lowest: float = 0.0
     unit: float = 1.0
     novelty_share: float = 1.0
+    log_ratio_share: float = 1.0
 
     def real(self, rewards: th.Tensor) -> th.Tensor:
         """r̃ of real rows, which need no correction: (n, 1)."""
@@ -221,7 +224,7 @@ class Payment:
             x = x.detach()
             return x - (x * alive).sum() / alive.sum().clamp(min=1)
 
-        paid = self._tilde(rewards, self.row.log_ratio_weight * centred(log_ratio))
+        paid = self._tilde(rewards, self._log_ratio_weight * centred(log_ratio))
         if novelty is not None:
             paid = paid + self._novelty_weight * centred(novelty.clamp(max=MOST_NOVEL))
         return paid / self.unit
@@ -229,8 +232,12 @@ class Payment:
     def slack(self, max_log_ratio: float) -> float:
         """By how much more or less than its reward an imagined step may be paid; what is centred adds up to nothing."""
         bounds_ratio = self.row.uses_classifier and not self.row.centred
-        of_ratio = self.row.log_ratio_weight * max_log_ratio if bounds_ratio else 0.0
+        of_ratio = self._log_ratio_weight * max_log_ratio if bounds_ratio else 0.0
         return (of_ratio + abs(self._novelty_weight) * MOST_NOVEL) / self.unit
+
+    @property
+    def _log_ratio_weight(self) -> float:
+        return self.row.log_ratio_weight * self.log_ratio_share
 
     @property
     def _novelty_weight(self) -> float:

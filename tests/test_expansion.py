@@ -3,6 +3,7 @@
 import copy
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -159,6 +160,30 @@ def test_a_rare_reward_is_no_measure_of_the_others():
     assert largest(50.0, 0.0, 200) == pytest.approx(1.25)
     assert largest(50.0, 0.0, 50) == pytest.approx(5.0)
     assert largest(1.0, 0.0, 2) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "scale", "nat"),
+    [("mnm-approx", 0.01, 0.1), ("mnm-approx", 100.0, None), ("vmbpo", 0.01, None)],
+)
+def test_to_look_real_is_worth_no_more_than_rewards_are(objective, scale, nat, monkeypatch):
+    """A nat, in largest rewards, where these are small; in what bounds the return it is as it is."""
+    soon(monkeypatch)
+    env = gym.wrappers.TransformReward(BoxEnv(), lambda reward: scale * reward)
+    model = trained(env, 70, objective=objective, real_ratio=0.5)
+    ways = []
+    for weight in (None, 1e-9):
+        again = copy.deepcopy(model)
+        again.log_ratio_weight, again._starts_each = weight, 8
+        ways.append(again._path_from(8))
+    assert_close(ways[0].states, ways[1].states)
+    path = ways[0]
+    transitions = (x.flatten(0, 1) for x in (path.states[:-1], path.actions[:-1], path.states[1:]))
+    log_ratio = model._log_ratio(*transitions).view_as(path.rewards)
+    paid = (path.rewards - ways[1].rewards) * model._unit
+    each = model._row.log_ratio_weight if nat is None else nat * model._largest_payment
+    assert log_ratio.std() > 0
+    assert paid.std().item() == pytest.approx(each * log_ratio.std().item(), rel=1e-2)
 
 
 def test_values_are_told_in_the_units_of_the_rewards(model):

@@ -179,11 +179,12 @@ def test_novelty_is_paid_beside_any_reward():
 
 
 def test_slack_by_hand():
-    def slack(name: str, unit: float = 1.0, novelty_share: float = 1.0, **weights: float) -> float:
-        row = replace(OBJECTIVES[name], **weights)
-        return Payment(row, GAMMA, unit=unit, novelty_share=novelty_share).slack(4.0)
+    def slack(name: str, unit: float = 1.0, **changed: float) -> float:
+        shares = {share: changed.pop(share) for share in ("novelty_share", "log_ratio_share") if share in changed}
+        return Payment(replace(OBJECTIVES[name], **changed), GAMMA, unit=unit, **shares).slack(4.0)
 
     assert slack("vmbpo", log_ratio_weight=0.5) == 2.0
+    assert slack("vmbpo", log_ratio_share=0.25) == 1.0
     assert slack("vmbpo", novelty_weight=-3.0) == 19.0
     assert slack("mnm-approx") == slack("mbpo") == 0.0
     assert slack("mnm-approx", novelty_weight=0.5) == 2.5
