@@ -17,6 +17,10 @@ from sb3_mismatch.minibatches import STEPS_AHEAD, minibatches
 from sb3_mismatch.objectives import Payment
 from sb3_mismatch.observations import FlatObservations, Normalization
 from sb3_mismatch.randomness import RandomStreams
+from sb3_mismatch.rewards import least_outstanding
+
+#: So large a share of the states to imagine from are some in which rewards stood out, where there are few of these.
+PAID_STARTS = 0.25
 
 
 @dataclass(frozen=True)
@@ -96,35 +100,23 @@ def has_terminated(buffer: ReplayBuffer) -> bool:
     return bool((buffer.dones[rows] > buffer.timeouts[rows]).any())
 
 
-def count_telling(batch: ReplayBufferSamples, enough: int) -> int:
-    """
-    How many rewards tell something of states, up to ``enough``, which a tenth of all is as well: those that are neither
-    the same as the others nor what actions cost, a sum over their numbers of each and its square.
-    """
-    actions, rewards = batch.actions.double(), batch.rewards.double()
-    costs = th.cat((th.ones_like(rewards), actions, actions**2), dim=1)
-    telling, error, most = 0, 1e-4 * rewards.abs().max(), min(enough, len(rewards) / 10)
-    while telling < most:
-        # The normal equations, on a device that has them: a constant action makes them singular.
-        found = th.linalg.pinv(costs.T @ costs, hermitian=True) @ (costs.T @ rewards)
-        left = (rewards - costs @ found).abs().squeeze(1)
-        if left.max() <= error:
-            return telling
-        # A few that stand out move the fit of all.
-        kept = left <= left.max() / 2
-        telling += len(kept) - int(kept.sum())
-        costs, rewards = costs[kept], rewards[kept]
-    return enough
-
-
 def _by_age(buffer: ReplayBuffer) -> NDArray[np.int64]:
     """Rows of a replay buffer, oldest first."""
     return (np.arange(buffer.size()) + (buffer.pos if buffer.full else 0)) % buffer.buffer_size
 
 
-def random_states(buffer: ReplayBuffer, observations: FlatObservations, n: int, device: th.device) -> th.Tensor:
-    """``n`` observations of a replay buffer drawn uniformly with replacement: raw flat rows on the device."""
+def start_states(buffer: ReplayBuffer, observations: FlatObservations, n: int, device: th.device) -> th.Tensor:
+    """
+    ``n`` observations of a replay buffer to imagine from, drawn with replacement: raw flat rows on the device.
+
+    Where few rewards stand out, a quarter is drawn among the states in which they were earned and life went on.
+    """
     rows, envs = np.random.randint(buffer.size(), size=n), np.random.randint(buffer.n_envs, size=n)
+    rewards, dones = buffer.rewards[: buffer.size()], buffer.dones[: buffer.size()]
+    paid = np.argwhere((np.abs(rewards) > least_outstanding(th.as_tensor(rewards))) & (dones == 0))
+    if 0 < len(paid) < PAID_STARTS * rewards.size:
+        n_paid = round(PAID_STARTS * n)
+        rows[:n_paid], envs[:n_paid] = paid[np.random.randint(len(paid), size=n_paid)].T
     stored = buffer.observations
     chosen = {k: part[rows, envs] for k, part in stored.items()} if isinstance(stored, dict) else stored[rows, envs]
     return th.as_tensor(observations.flatten(chosen, n), device=device)

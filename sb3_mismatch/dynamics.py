@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sb3_mismatch.healthy_range import HealthyRange
 from sb3_mismatch.normalising import layer_norm
 from sb3_mismatch.products import linear
+from sb3_mismatch.rewards import least_outstanding
 from sb3_mismatch.settings import check_number
 
 #: More rows than these go through one member after the other on a CPU, so many together: what is between two layers
@@ -28,8 +29,6 @@ ROWS_AT_ONCE = 1000
 NOISE = 0.9
 #: What it weighs in the losses is enough for its own outputs to learn, should there be something to learn after all.
 NOISE_WEIGHT = 0.01
-#: A reward of more than so many times the median stands out.
-OUTSTANDING = 30
 
 
 class EnsembleLinear(nn.Module):
@@ -135,7 +134,6 @@ class Dynamics(nn.Module):
     holdout_error: th.Tensor
     foretold: th.Tensor
     end_reward: th.Tensor
-    rare_rewards: th.Tensor
     low: th.Tensor
     high: th.Tensor
 
@@ -172,7 +170,6 @@ class Dynamics(nn.Module):
         self.register_buffer("holdout_error", th.ones(n_targets))
         self.register_buffer("foretold", th.ones(obs_dim))
         self.register_buffer("end_reward", th.zeros(1))
-        self.register_buffer("rare_rewards", th.zeros(1))
         # The range of the targets' raw quantities (s', r), which imagination does not leave.
         self.register_buffer("low", th.full((n_targets,), -th.inf))
         self.register_buffer("high", th.full((n_targets,), th.inf))
@@ -220,24 +217,20 @@ class Dynamics(nn.Module):
         return out[..., :-1], out[..., -1:]
 
     @th.no_grad()
-    def tell_outstanding(self, rewards: th.Tensor, dones: th.Tensor) -> th.Tensor:
+    def leave_to_ends(self, rewards: th.Tensor, dones: th.Tensor) -> th.Tensor:
         """
-        Tell rewards that stand out from the others: those of ends, and whether there are rare ones beside.
-
-        What all ends pay is left to them, a goal's reward say: networks that learned it would let the goal be collected
-        in states about it, in which the episode goes on.
+        Leave rewards that stand out to ends, where all of these pay them, a goal's reward say: networks that learned it
+        would let the goal be collected in states about it, in which the episode goes on.
 
         :param rewards: real ones, (n, 1)
         :param dones: one where the episode ended, (n, 1)
         :return: what is left for the networks to learn, (n, 1)
         """
         paid = rewards[dones > 0]
-        least = OUTSTANDING * rewards.abs().median()
+        least = least_outstanding(rewards)
         outstanding = len(paid) > 0 and bool((paid > least).all() | (paid < -least).all())
         self.end_reward.copy_(paid.mean() if outstanding else th.zeros(()))
-        left = rewards - dones * self.end_reward
-        self.rare_rewards.copy_(left.abs().max() > least)
-        return left
+        return rewards - dones * self.end_reward
 
     def ignore_noise(self) -> None:
         """Tell the dimensions of the state that are foretold on held-out rows from those that are not."""
@@ -275,7 +268,7 @@ class Dynamics(nn.Module):
 
         ∫ (F(y) - 1[y >= target])² dy of each Gaussian, lowest for the true distribution as the negative log-likelihood
         is, and no steeper for what is easily foretold: it gives up nothing that is hard, an impact of a foot among
-        smooth steps, for noise. Where rewards are rare, half their squared error is added.
+        smooth steps, for noise.
 
         Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007, equation 21.
         """
@@ -285,9 +278,7 @@ class Dynamics(nn.Module):
         z = (targets - mean) / std
         twice_density = math.sqrt(2 / math.pi) * (-0.5 * z.square()).exp()
         scores = std * (z * th.erf(z / math.sqrt(2)) + twice_density - 1 / math.sqrt(math.pi))
-        # Values are made of means, and for rare rewards this score would learn a median.
-        error = self.rare_rewards * (targets - mean)[..., -1]
-        return (self._weights() * scores).sum(dim=-1) + 0.5 * error.square()
+        return (self._weights() * scores).sum(dim=-1)
 
     def squared_error(
         self, observations: th.Tensor, actions: th.Tensor, next_observations: th.Tensor, rewards: th.Tensor

@@ -8,10 +8,10 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_mismatch.compiled import Rows, Sizes, Starts
-from sb3_mismatch.dynamics import OUTSTANDING
 from sb3_mismatch.fast_sac import FastSAC, Losses, descend
 from sb3_mismatch.lookahead import Path, expanded_value
 from sb3_mismatch.normalising import normalise_last_features
+from sb3_mismatch.rewards import least_outstanding
 from sb3_mismatch.terminations import TransitionFunction
 from sb3_mismatch.world import World
 
@@ -111,7 +111,7 @@ class Expanding(FastSAC):
         self._lowest_value, self._highest_value = 2 * low - high, 2 * high - low
         # What is rare is no measure: the goal where other steps cost a little, or nothing.
         sizes = paid.abs()
-        common = OUTSTANDING * sizes.median().item() or 5 * sizes.mean().item()
+        common = least_outstanding(paid) or 5 * sizes.mean().item()
         largest = min(sizes.quantile(0.99).item() or sizes.max().item(), common)
         self._largest_payment = largest
         unit = max(largest * longest, 1.0)

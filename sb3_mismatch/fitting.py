@@ -17,6 +17,7 @@ from sb3_mismatch.dynamics import Dynamics, Gaussian
 from sb3_mismatch.fitted import Mean, Start
 from sb3_mismatch.objectives import Objective
 from sb3_mismatch.replaying import replayed
+from sb3_mismatch.rewards import least_outstanding
 from sb3_mismatch.settings import check_count, check_number
 
 #: minibatch of rows (E, N, .), one block per member -> what each member minimises, (E,)
@@ -112,6 +113,8 @@ class FitSettings:
     :param recent_ratio: share of the dynamics' rows that are drawn among the newest: where the policy went last is
         where it goes next, and what it seeks there may be an error
     :param n_recent: how many rows are the newest
+    :param paid_ratio: share of them that are drawn among those whose reward stands out, if there are any: one row in
+        thousands is too few to be learned, and the only one that tells what to seek
     :param holdout_ratio: share of real rows held out
     :param max_holdout: at most so many of them (mbpo/models/bnn.py: 5000)
     """
@@ -122,6 +125,7 @@ class FitSettings:
     batch_size: int = 64
     recent_ratio: float = 0.5
     n_recent: int = 250
+    paid_ratio: float = 0.05
     holdout_ratio: float = 0.2
     max_holdout: int = 1000
 
@@ -131,6 +135,7 @@ class FitSettings:
         if self.average_steps != 0:
             check_count("fit_kwargs['average_steps']", self.average_steps, "0 for none, or ")
         check_number("fit_kwargs['recent_ratio']", self.recent_ratio, 0, 1)
+        check_number("fit_kwargs['paid_ratio']", self.paid_ratio, 0, 1)
         check_number("fit_kwargs['holdout_ratio']", self.holdout_ratio, 0, 0.9)
 
 
@@ -183,7 +188,7 @@ def fit_dynamics(
     """
     train, holdout = split_holdout(data, settings)
     batch, n_members, device = data.batch, dynamics.n_members, data.position.device
-    batch = batch._replace(rewards=dynamics.tell_outstanding(batch.rewards, batch.dones))
+    batch = batch._replace(rewards=dynamics.leave_to_ends(batch.rewards, batch.dones))
     n_targets = dynamics.low.numel()
     _standardise(dynamics, batch, train)
     held = ReplayBufferSamples(*(c[holdout].expand(n_members, -1, -1) for c in batch[:5]))
@@ -192,7 +197,8 @@ def fit_dynamics(
     def judge() -> tuple[th.Tensor, th.Tensor]:
         return loss(held) / n_targets, _end_loss(dynamics, held)
 
-    rows = bootstraps(train, n_members, settings)
+    paid = batch.rewards.abs().squeeze(1) > least_outstanding(batch.rewards)
+    rows = bootstraps(train, n_members, settings, paid)
     columns = th.randint(len(train), (settings.dynamics_steps, n_members, settings.batch_size), device=device)
     step = training_step(dynamics, optimizer, batch, rows, loss)
     starts = Start(_Body(dynamics), optimizer), Start(dynamics.end, optimizer)
@@ -239,17 +245,24 @@ def fit_dynamics(
     }
 
 
-def bootstraps(train: th.Tensor, n_members: int, settings: FitSettings) -> th.Tensor:
+def bootstraps(train: th.Tensor, n_members: int, settings: FitSettings, paid: th.Tensor) -> th.Tensor:
     """
-    The rows that each member learns from, drawn with replacement, a share of them among the newest: (E, n).
+    The rows that each member learns from, drawn with replacement, a share of them among the newest and one among those
+    whose reward stands out: (E, n).
 
     :param train: indices of the training rows, oldest first, (n,)
+    :param paid: whether a row's reward stands out, for all rows
     """
     shape = (n_members, len(train))
     drawn = th.randint(len(train), shape, device=train.device)
     newest = len(train) - 1 - th.randint(min(settings.n_recent, len(train)), shape, device=train.device)
     is_recent = th.rand(shape, device=train.device) < settings.recent_ratio
-    return train[th.where(is_recent, newest, drawn)]
+    rows = train[th.where(is_recent, newest, drawn)]
+    among = train[paid[train]]
+    if len(among) == 0:
+        return rows
+    is_paid = th.rand(shape, device=train.device) < settings.paid_ratio
+    return th.where(is_paid, among[th.randint(len(among), shape, device=train.device)], rows)
 
 
 def training_step(

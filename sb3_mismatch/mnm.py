@@ -18,10 +18,9 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_mismatch.buffers import (
     MixedReplayBuffer,
     RealTransitions,
-    count_telling,
     has_terminated,
-    random_states,
     real_transitions,
+    start_states,
 )
 from sb3_mismatch.expansion import Expanding
 from sb3_mismatch.figures import show_world
@@ -31,6 +30,7 @@ from sb3_mismatch.imagination import horizon_at, n_step_rows
 from sb3_mismatch.imagining import ENOUGH_TELLING, Imagining
 from sb3_mismatch.objectives import Objective
 from sb3_mismatch.randomness import RandomStreams
+from sb3_mismatch.rewards import count_telling
 from sb3_mismatch.saving import SavedWithWorld
 from sb3_mismatch.settings import check_replay_buffer_class, check_rows, check_settings, joined_signature
 from sb3_mismatch.terminations import TransitionFunction
@@ -353,7 +353,7 @@ class ModelBased(Guarded, SavedWithWorld, Imagining):
         n_starts = max(self.imagined_per_step * n_env_steps // (horizon - n_steps + 1), 1)
         with self._timed("imagination/seconds"):
             assert self.replay_buffer is not None
-            starts = random_states(self.replay_buffer, self.world.observations, n_starts, self.device)
+            starts = start_states(self.replay_buffer, self.world.observations, n_starts, self.device)
             trajectories = self._imagined_from(starts, horizon)
             judged = self._log_ratio(*trajectories[:3]), self._novelty(*trajectories[:2])
             rows = n_step_rows(trajectories, *judged, n_steps)

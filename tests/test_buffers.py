@@ -20,6 +20,7 @@ from sb3_mismatch.buffers import (
     RealTransitions,
     latest_episodes,
     real_transitions,
+    start_states,
 )
 from sb3_mismatch.imagination import ImaginedRows
 from sb3_mismatch.objectives import OBJECTIVES, Payment
@@ -342,6 +343,29 @@ def test_vec_normalize_serves_both_alike():
     assert not clipped.all()
     assert batch.observations[~imagined].abs().max() <= 3
     assert batch.rewards[~imagined].max() <= np.float32(0.1)
+
+
+# -- states to imagine from --
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "reward", "share"),
+    [((4, 5), 0.0, 0.02), ((4, 5), 1.0, 0.265), ((4, 5), -1.0, 0.265), ((2, 3), 1.0, 0.02), ((0, 20), 1.0, 0.4)],
+    ids=["nothing", "a reward", "a loss", "an end's", "many"],
+)
+def test_a_quarter_are_states_in_which_rewards_stood_out(rows, reward, share, as_dict):
+    """Of 2 x 25 rows; with row 2 an episode ends."""
+    buffer = collected(counters(2, as_dict), 25)
+    # What a counter earns tells its row.
+    earned, paid = buffer.rewards[:25, 1].copy(), slice(*rows)
+    buffer.rewards[:] = 0
+    buffer.rewards[paid, 1] = reward
+    states = start_states(buffer, FlatObservations(buffer.observation_space), 4000, CPU)
+    name, episode, t = states[:, [2, 0, 1] if as_dict else [0, 1, 2]].unbind(1)
+    drawn = (name == 1) & th.isin(100 * episode + t, th.as_tensor(earned[paid]))
+    assert drawn.float().mean().item() == pytest.approx(share, abs=0.03)
+    assert len(states.unique(dim=0)) == 50
 
 
 # -- episodes --

@@ -203,31 +203,21 @@ def test_networks_learn_what_ends_pay_where_that_does_not_stand_out(paid):
         rewards[ends.nonzero()[0]] *= -1
     fit(dynamics, replace(data, batch=data.batch._replace(rewards=rewards)), dynamics_steps=1)
     assert dynamics.end_reward.item() == 0
-    assert dynamics.rare_rewards.item() == (paid != "little")
     train, _ = split_holdout(data, FitSettings())
     assert_close(dynamics.high[-1], rewards[train].max())
 
 
-def test_rare_rewards_are_learned_by_their_mean(monkeypatch):
-    def told(outstanding: float) -> float:
+def test_rare_rewards_are_learned():
+    def told(paid_ratio: float) -> float:
         """Of what is paid at goals, the share that the world tells."""
-        monkeypatch.setattr("sb3_mismatch.dynamics.OUTSTANDING", outstanding)
         th.manual_seed(0)
         data, dynamics = goals(goal_ends=False), Dynamics(1, 1, 3, 2, net_arch=[64, 64])
-        fit(dynamics, data, loss=crps(dynamics), lr=2e-3, dynamics_steps=1500)
+        fit(dynamics, data, loss=crps(dynamics), lr=2e-3, dynamics_steps=1500, paid_ratio=paid_ratio)
         rewards = dynamics.sample(data.batch.observations, data.batch.actions)[1]
         return ((rewards * (data.batch.rewards > 50)).sum() / data.batch.rewards.clamp(min=0).sum()).item()
 
-    assert told(30) > 0.4
-    assert told(math.inf) < 0.1
-
-
-@pytest.mark.parametrize(("n", "size", "rare"), [(1, 31, True), (499, -31, True), (501, 31, False), (1, 29, False)])
-def test_rewards_are_rare_that_stand_out_from_most(n, size, rare):
-    dynamics, rewards = Dynamics(1, 1, 2, 1, net_arch=[8]), 0.01 * th.ones(1000, 1)
-    rewards[:n] *= size
-    assert_close(dynamics.tell_outstanding(rewards, 0 * rewards), rewards)
-    assert dynamics.rare_rewards.item() == rare
+    assert told(FitSettings().paid_ratio) > 0.7
+    assert told(0.0) < 0.1
 
 
 def test_constant_targets_are_learned_exactly():
@@ -273,12 +263,31 @@ def test_each_member_sees_its_own_bootstrap_for_a_whole_fit():
 def test_a_share_of_the_rows_are_the_newest():
     th.manual_seed(0)
     train = th.arange(1000, 2000)
-    rows = bootstraps(train, 2, FitSettings(recent_ratio=0.6, n_recent=100))
+    none = th.zeros(2000, dtype=th.bool)
+    rows = bootstraps(train, 2, FitSettings(recent_ratio=0.6, n_recent=100), none)
     assert rows.shape == (2, 1000)
     # 0.6 of the draws by wish, and a tenth of the others.
     assert (rows >= 1900).float().mean().item() == pytest.approx(0.64, abs=0.03)
     assert rows.min() < 1020
-    assert set(bootstraps(train, 2, FitSettings(recent_ratio=1.0, n_recent=2)).unique().tolist()) == {1998, 1999}
+    assert set(bootstraps(train, 2, FitSettings(recent_ratio=1.0, n_recent=2), none).unique().tolist()) == {1998, 1999}
+
+
+@pytest.mark.parametrize(("n", "size", "share"), [(1, 31, 0.25), (499, -31, 0.62), (501, 31, 0.5), (1, 29, 0.0)])
+def test_a_share_of_the_rows_are_those_whose_reward_stands_out(n, size, share):
+    th.manual_seed(0)
+    data, paid = numbered(1000), slice(1, n + 1)
+    rewards, drawn = 0.01 * th.ones(1000, 1), []
+    rewards[paid] *= size
+    data = replace(data, batch=data.batch._replace(rewards=rewards))
+    dynamics = Dynamics(1, 1, 3, 2, net_arch=[4])
+
+    def watch(rows):
+        if th.is_grad_enabled():
+            drawn.append((rows.observations >= 1) & (rows.observations <= n))
+        return likelihood(dynamics)(rows)
+
+    fit(dynamics, data, loss=watch, dynamics_steps=40, recent_ratio=0.0, paid_ratio=0.25)
+    assert th.stack(drawn).float().mean().item() == pytest.approx(share, abs=0.03)
 
 
 def test_members_minibatches_differ():

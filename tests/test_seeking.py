@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.testing import assert_close
 
 from sb3_mismatch import MBPO, MnM
-from sb3_mismatch.buffers import count_telling
+from sb3_mismatch.rewards import count_telling
 
 
 def batch(actions, rewards):
