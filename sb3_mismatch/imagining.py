@@ -257,15 +257,21 @@ class Imagining(OffPolicyAlgorithm):
         if isinstance(self.replay_buffer, MixedReplayBuffer):
             return self.replay_buffer.payment
         row = self._row
-        today = self._unit or 1.0, self._novelty_share, self._log_ratio_share
+        payment = Payment(
+            row,
+            self.gamma,
+            unit=self._unit or 1.0,
+            novelty_share=self._novelty_share,
+            log_ratio_share=self._log_ratio_share,
+        )
         if not row.takes_log:
-            return Payment(row, self.gamma, 0.0, 0.0, *today)
+            return payment
         assert self.replay_buffer is not None
         lowest = float(self.replay_buffer.rewards[: self.replay_buffer.size()].min())
         offset = positive_offset(str(self.objective), lowest, self.reward_shift, self.reward_floor)
         normalize = self._normalization()
         scale = 1.0 if normalize is None else normalize.reward_std
-        return Payment(row, self.gamma, offset / scale, (lowest + offset) / scale, *today)
+        return replace(payment, offset=offset / scale, lowest=(lowest + offset) / scale)
 
     @property
     def _log_ratio_share(self) -> float:

@@ -122,8 +122,7 @@ class Objective:
         objective is a lower bound on the log of the expected return
     :param centred: whether the log-ratio has its mean over the imagined rows subtracted before it is paid: a
         constant part would pay or punish staying alive. It is paid without a gradient then: policies follow it by the
-        critics' values alone. Who looks ahead is paid no more for it than the largest rewards are, where these lie
-        below 1
+        critics' values alone. Who looks ahead is paid it in units of the largest common reward, where that lies below 1
     :param uses_classifier: whether a classifier is trained at all
     :param ignores_noise: whether dimensions of the state that cannot be foretold are left out of the dynamics'
         networks, losses and the classifier; what is to lean towards value has to keep its noise
