@@ -17,7 +17,7 @@ from sb3_mismatch.minibatches import STEPS_AHEAD, minibatches
 from sb3_mismatch.objectives import Payment
 from sb3_mismatch.observations import FlatObservations, Normalization
 from sb3_mismatch.randomness import RandomStreams
-from sb3_mismatch.rewards import least_outstanding
+from sb3_mismatch.rewards import rare
 
 #: So large a share of the states to imagine from are some in which rewards stood out, where there are few of these.
 PAID_STARTS = 0.25
@@ -113,8 +113,8 @@ def start_states(buffer: ReplayBuffer, observations: FlatObservations, n: int, d
     """
     rows, envs = np.random.randint(buffer.size(), size=n), np.random.randint(buffer.n_envs, size=n)
     rewards, dones = buffer.rewards[: buffer.size()], buffer.dones[: buffer.size()]
-    paid = np.argwhere((np.abs(rewards) > least_outstanding(th.as_tensor(rewards))) & (dones == 0))
-    if 0 < len(paid) < PAID_STARTS * rewards.size:
+    paid = np.argwhere(rare(th.as_tensor(rewards)).numpy() & (dones == 0))
+    if len(paid) > 0:
         n_paid = round(PAID_STARTS * n)
         rows[:n_paid], envs[:n_paid] = paid[np.random.randint(len(paid), size=n_paid)].T
     stored = buffer.observations

@@ -17,7 +17,7 @@ from sb3_mismatch.dynamics import Dynamics, Gaussian
 from sb3_mismatch.fitted import Mean, Start
 from sb3_mismatch.objectives import Objective
 from sb3_mismatch.replaying import replayed
-from sb3_mismatch.rewards import least_outstanding
+from sb3_mismatch.rewards import rare
 from sb3_mismatch.settings import check_count, check_number
 
 #: minibatch of rows (E, N, .), one block per member -> what each member minimises, (E,)
@@ -113,7 +113,7 @@ class FitSettings:
     :param recent_ratio: share of the dynamics' rows that are drawn among the newest: where the policy went last is
         where it goes next, and what it seeks there may be an error
     :param n_recent: how many rows are the newest
-    :param paid_ratio: share of them that are drawn among those whose reward stands out, if there are any: one row in
+    :param paid_ratio: share of them that are drawn among those whose reward stands out, if there are a few: one row in
         thousands is too few to be learned, and the only one that tells what to seek
     :param holdout_ratio: share of real rows held out
     :param max_holdout: at most so many of them (mbpo/models/bnn.py: 5000)
@@ -181,9 +181,9 @@ def fit_dynamics(
     :param loss: what the members minimise on a minibatch, beside the cross-entropy of the end-of-episode heads
     :param ignores_noise: whether dimensions of the state that turn out not to be foretold are ignored from here on
     :return: for the log, on held-out rows: negative log-likelihood, squared error per head (of states over what varies
-        and is not ignored), the share of dimensions that are not ignored, the larger share of next states' variance
-        and of rewards' mean square that is left unexplained, and how many members had exploded (:func:`exploded`) and
-        were rolled back with their optimizer's moments
+        and is not ignored), the share of dimensions that are not ignored, the share of next states' variance that is
+        left unexplained, or that of rewards' mean square if it is larger and they are not rare, and how many members
+        had exploded (:func:`exploded`) and were rolled back with their optimizer's moments
     :raises ValueError: when the loss on held-out rows is finite neither at the start nor at the end
     """
     train, holdout = split_holdout(data, settings)
@@ -197,7 +197,7 @@ def fit_dynamics(
     def judge() -> tuple[th.Tensor, th.Tensor]:
         return loss(held) / n_targets, _end_loss(dynamics, held)
 
-    paid = batch.rewards.abs().squeeze(1) > least_outstanding(batch.rewards)
+    paid = rare(batch.rewards).squeeze(1)
     rows = bootstraps(train, n_members, settings, paid)
     columns = th.randint(len(train), (settings.dynamics_steps, n_members, settings.batch_size), device=device)
     step = training_step(dynamics, optimizer, batch, rows, loss)
@@ -233,7 +233,10 @@ def fit_dynamics(
         varies = (dynamics.high > dynamics.low)[:-1]
         told = varies & (dynamics.foretold > 0)
         state_error = elite_error[:-1][told].mean() if told.any() else varies.any().float()
-        unexplained = th.maximum(state_error, elite_error[-1] / (1 + constant))
+        unexplained = state_error
+        # Where all that is earned lies in a few rows, their error tells of these rows alone.
+        if not paid.any():
+            unexplained = th.maximum(unexplained, elite_error[-1] / (1 + constant))
     return {
         "dynamics/nll": nll[dynamics.elites].mean().item(),
         "dynamics/state_error": state_error.item(),

@@ -5,11 +5,19 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 #: A reward of more than so many times the median stands out.
 OUTSTANDING = 30
+#: Where as large a share of rewards as this stands out, they are not rare.
+RARE = 0.25
 
 
 def least_outstanding(rewards: th.Tensor) -> float:
     """What rewards that stand out from these, of any shape, are larger than, without their sign."""
     return OUTSTANDING * rewards.abs().median().item()
+
+
+def rare(rewards: th.Tensor) -> th.Tensor:
+    """Which of these rewards, of any shape, stand out where few do: bool, of that shape."""
+    outstanding = rewards.abs() > least_outstanding(rewards)
+    return outstanding & (outstanding.float().mean() < RARE)
 
 
 def count_telling(batch: ReplayBufferSamples, enough: int) -> int:

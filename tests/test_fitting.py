@@ -145,18 +145,19 @@ def test_scales_of_targets_do_not_matter():
     assert log["dynamics/reward_error"] < 0.1
 
 
-def test_rare_rewards_beside_a_constant_leave_little_unexplained():
-    """A reward of 1 but for a step in fifty, as where a pole falls: what cannot be foreseen is small beside the 1."""
+@pytest.mark.parametrize(
+    ("often", "common", "least", "most"),
+    [(0.02, 1.0, 0.0, 0.05), (0.02, 0.02, 0.0, 0.05), (0.5, 1.0, 0.0, 0.6), (0.5, -1.0, 0.9, 1.2)],
+    ids=["beside a constant", "rare", "often beside a constant", "often"],
+)
+def test_rewards_that_cannot_be_foretold_leave_unexplained_what_they_are_in_all(often, common, least, most):
+    """One less at random: rarely beside a constant is little, as where a pole falls; what is rare tells of few rows."""
     th.manual_seed(0)
     s, a = th.randn(1000, 2), th.randn(1000, 1)
-    rewards = (th.rand(1000, 1) > 0.02).float()
+    rewards = common - (1 if common > 0 else -2) * (th.rand(1000, 1) < often).float()
     log = fit(Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards), lr=1e-2, dynamics_steps=100)
     assert log["dynamics/reward_error"] > 0.5
-    assert log["dynamics/unexplained"] < 0.05
-    log = fit(
-        Dynamics(2, 1, 2, 1, net_arch=[16]), rows_of(s, a, s + 0.1 * a, rewards - 0.98), lr=1e-2, dynamics_steps=100
-    )
-    assert log["dynamics/unexplained"] > 0.5
+    assert least <= log["dynamics/unexplained"] < most
 
 
 def goals(n: int = 2000, goal_ends: bool = True) -> RealTransitions:
@@ -272,7 +273,7 @@ def test_a_share_of_the_rows_are_the_newest():
     assert set(bootstraps(train, 2, FitSettings(recent_ratio=1.0, n_recent=2), none).unique().tolist()) == {1998, 1999}
 
 
-@pytest.mark.parametrize(("n", "size", "share"), [(1, 31, 0.25), (499, -31, 0.62), (501, 31, 0.5), (1, 29, 0.0)])
+@pytest.mark.parametrize(("n", "size", "share"), [(1, 31, 0.25), (240, -31, 0.43), (260, 31, 0.26), (1, 29, 0.0)])
 def test_a_share_of_the_rows_are_those_whose_reward_stands_out(n, size, share):
     th.manual_seed(0)
     data, paid = numbered(1000), slice(1, n + 1)
